@@ -1,0 +1,35 @@
+/* backend.h: the seam between devices. Devices differ in memory, fusion and launch, so what one
+ * supplies is the whole forward pass, not single operations.
+ *
+ * llama.c checks everything before it comes here, keeps the cache's books, and calls one of the
+ * two tables below. */
+#ifndef BACKEND_H
+#define BACKEND_H
+#include "cache.h"
+#include "model.h"
+
+/* Rows to compute, already checked; every position's page is there and writable. */
+struct rows {
+    size_t n;
+    const int32_t *tokens;                // (n)
+    const int32_t *positions;             // (n)
+    const uint8_t *want;                  // (n): 1 where logits are asked for; or NULL
+    const struct sequence *const *of;     // (n) each row's sequence
+};
+
+struct backend {
+    const char *name;                     // "cpu"
+    /* Fills *state and, in info, isa, threads, scratch and KV sizes; on failure there is
+     * nothing to close. */
+    int (*open)(const struct model *model, const llama_session_options *options,
+                llama_session_info *info, void **state);
+    void (*close)(void *state);
+    struct pages (*pages)(void *state);
+    /* logits (rows wanted, vocab_size), in row order. */
+    int (*forward)(void *state, const struct rows *rows, float *logits);
+};
+
+extern const struct backend backend_cpu;
+/* In a build without CUDA its open says so, and the rest is never called. */
+extern const struct backend backend_cuda;
+#endif

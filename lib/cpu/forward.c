@@ -1,0 +1,461 @@
+/* forward.c: Llama on the CPU, top to bottom, in named steps (arXiv:2302.13971, section 2.2).
+ *
+ * Rows are tokens of any sequences at any positions; each row is computed alone except that a
+ * weight, once read, serves them all. cuda/forward.cu and llama/model.py take the same steps
+ * under the same names. Arithmetic lives in kernels.h, threads in pool.h. */
+#include "../backend.h"
+#include "../error.h"
+#include "../rope.h"
+#include "kernels.h"
+#include "pool.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
+ * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
+enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = 512, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
+
+struct cpu {
+    const struct model *model;
+    const struct kernels *kernels;
+    struct pool *pool;
+    uint32_t kv_kind;
+    float *frequencies;     // (head_dim / 2) rope, radians a position
+
+    size_t key_bytes;       // one layer's keys in a page; its values take as much
+    size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim)
+
+    // scratch, `rows` rows each; strides are padded to whole strips
+    size_t rows, dim, heads, kv_heads, hidden, vocab; // strides
+    char *memory;
+    float *x;               // (rows, dim) the residual stream
+    float *normed;          // (rows, dim)
+    float *q;               // (rows, heads)
+    float *k, *v;           // (rows, kv_heads)
+    float *attended;        // (rows, heads)
+    float *gate, *up;       // (rows, hidden)
+    float *y;               // (rows, dim) what output and down add to the stream
+    float *cos, *sin;       // (rows, head_dim / 2)
+    float *logits;          // (LOGIT_ROWS, vocab)
+    int8_t *codes;          // (rows, most columns) one matmul's input in 8 bits
+    float *scales;          // (rows, most columns / GROUP)
+    int32_t *sums;          // (rows, most columns / GROUP)
+};
+
+/* The part of a batch that is being computed, n <= cpu->rows. */
+struct part {
+    struct cpu *cpu;
+    const struct layer *layer;
+    uint32_t layer_index;
+    size_t n;
+    const int32_t *tokens, *positions;
+    const struct sequence *const *of;
+};
+
+// ---- matmul: up to three matrices that share an input, in one pass over the threads
+
+struct product {
+    const struct matrix *matrix;
+    float *y;               // (n, y_stride)
+    size_t y_stride;
+};
+
+struct products {
+    const struct kernels *kernels;
+    struct input in;
+    const struct product *list;
+    size_t n;
+};
+
+static void products_range(void *context, size_t first, size_t last) {
+    const struct products *p = context;
+    for (size_t i = 0; i < p->n && first < last; i++) {
+        const struct matrix *m = p->list[i].matrix;
+        if (first < m->strips) {
+            const struct matmul job = {m->data, m->strip_bytes, &p->in, p->list[i].y,
+                                       p->list[i].y_stride};
+            const size_t end = last < m->strips ? last : m->strips;
+            switch (m->kind_number) {
+            case LLAMA_F32: p->kernels->matmul_f32(&job, first, end); break;
+            case LLAMA_F16: p->kernels->matmul_f16(&job, first, end); break;
+            case LLAMA_BF16: p->kernels->matmul_bf16(&job, first, end); break;
+            case LLAMA_Q8: p->kernels->matmul_q8(&job, first, end); break;
+            case LLAMA_Q4: p->kernels->matmul_q4(&job, first, end); break;
+            }
+        }
+        first = first > m->strips ? first - m->strips : 0;
+        last = last > m->strips ? last - m->strips : 0;
+    }
+}
+
+struct quantizing {
+    const struct cpu *cpu;
+    const float *x;
+    size_t x_stride, columns;
+};
+
+static void quantize_range(void *context, size_t first, size_t last) {
+    const struct quantizing *z = context;
+    const struct cpu *c = z->cpu;
+    const size_t groups = (z->columns + GROUP - 1) / GROUP;
+    for (size_t i = first; i < last; i++)
+        c->kernels->quantize_row(z->x + i * z->x_stride, z->columns, c->codes + i * groups * GROUP,
+                                 c->scales + i * groups, c->sums + i * groups);
+}
+
+/* y = matrix x for each product; x (n, x_stride), quantised first if any matrix needs it. */
+static void matmul(struct cpu *c, size_t n, const float *x, size_t x_stride, size_t n_products,
+                   const struct product *list) {
+    const size_t columns = list[0].matrix->columns;
+    size_t strips = 0;
+    int quantised = 0;
+    for (size_t i = 0; i < n_products; i++) {
+        strips += list[i].matrix->strips;
+        quantised |= list[i].matrix->kind->columns > 1;
+    }
+    if (quantised) {
+        struct quantizing z = {c, x, x_stride, columns};
+        pool_run(c->pool, n, 4, quantize_range, &z);
+    }
+    struct products p = {
+        .kernels = c->kernels,
+        .in = {n, columns, x, x_stride, c->codes, c->scales, c->sums},
+        .list = list,
+        .n = n_products,
+    };
+    pool_run(c->pool, strips, 2, products_range, &p);
+}
+
+// ---- the steps of one layer
+
+static void embed_range(void *context, size_t first, size_t last) {
+    const struct part *p = context;
+    const struct matrix *e = &p->cpu->model->tok_embeddings;
+    for (size_t i = first; i < last; i++)
+        kind_decode_row(e->kind, e->data, e->columns, (uint64_t)p->tokens[i],
+                        p->cpu->x + i * p->cpu->dim);
+}
+
+static void embed(struct part *p) {
+    struct cpu *c = p->cpu;
+    const size_t half = c->model->config.head_dim / 2;
+    pool_run(c->pool, p->n, 4, embed_range, p);
+    for (size_t i = 0; i < p->n; i++)
+        rope_angles(c->frequencies, half, p->positions[i], c->cos + i * half, c->sin + i * half);
+}
+
+struct norming {
+    const struct cpu *cpu;
+    const float *weight;    // (dim)
+};
+
+static void norm_range(void *context, size_t first, size_t last) {
+    const struct norming *z = context;
+    const struct cpu *c = z->cpu;
+    for (size_t i = first; i < last; i++)
+        c->kernels->rms_norm(c->normed + i * c->dim, c->x + i * c->dim, z->weight,
+                             c->model->config.dim, c->model->config.norm_eps);
+}
+
+static void attention_norm(struct part *p) {
+    struct norming z = {p->cpu, p->layer->attention_norm};
+    pool_run(p->cpu->pool, p->n, 4, norm_range, &z);
+}
+
+static void qkv(struct part *p) {
+    struct cpu *c = p->cpu;
+    const struct product list[] = {{&p->layer->wq, c->q, c->heads},
+                                   {&p->layer->wk, c->k, c->kv_heads},
+                                   {&p->layer->wv, c->v, c->kv_heads}};
+    matmul(c, p->n, c->normed, c->dim, 3, list);
+}
+
+static void rope_range(void *context, size_t first, size_t last) {
+    const struct part *p = context;
+    const struct cpu *c = p->cpu;
+    const llama_config *f = &c->model->config;
+    const size_t d = f->head_dim;
+    const float scale = 1.0f / sqrtf((float)d);
+    for (size_t i = first; i < last; i++) {
+        const float *cos = c->cos + i * (d / 2), *sin = c->sin + i * (d / 2);
+        float *q = c->q + i * c->heads, *k = c->k + i * c->kv_heads;
+        for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->rope(k + h * d, cos, sin, d);
+        for (size_t h = 0; h < f->n_heads; h++) c->kernels->rope(q + h * d, cos, sin, d);
+        for (size_t j = 0; j < f->n_heads * d; j++) q[j] *= scale; // softmax(q k / sqrt(d))
+    }
+}
+
+static void rope(struct part *p) { pool_run(p->cpu->pool, p->n, 4, rope_range, p); }
+
+/* Where a page keeps a kv head's keys of a layer, (PAGE_POSITIONS / 16, head_dim, 16), and its
+ * values, (PAGE_POSITIONS, head_dim), which lie key_bytes further on. */
+static size_t key_offset(const struct cpu *c, uint32_t layer, size_t kv_head) {
+    return 2 * layer * c->key_bytes + kv_head * (c->key_bytes / c->model->config.n_kv_heads);
+}
+
+static void store_head(const struct cpu *c, const float *k, const float *v, uint8_t *keys,
+                       uint8_t *values, size_t slot) {
+    const size_t d = c->model->config.head_dim;
+    const size_t tile = slot / TILE_ROWS * d * TILE_ROWS + slot % TILE_ROWS;
+    if (c->kv_kind == LLAMA_F32) {
+        float *to = (float *)(void *)keys + tile;
+        for (size_t i = 0; i < d; i++) to[i * TILE_ROWS] = k[i];
+        memcpy(values + slot * d * 4, v, d * 4);
+    } else {
+        uint16_t *to = (uint16_t *)(void *)keys + tile, half[64];
+        for (size_t i = 0; i < d; i++) {
+            if (i % 64 == 0) c->kernels->to_f16(half, k + i, d - i < 64 ? d - i : 64);
+            to[i * TILE_ROWS] = half[i % 64];
+        }
+        c->kernels->to_f16((uint16_t *)(void *)values + slot * d, v, d);
+    }
+}
+
+static void store_range(void *context, size_t first, size_t last) {
+    const struct part *p = context;
+    const struct cpu *c = p->cpu;
+    const llama_config *f = &c->model->config;
+    for (size_t i = first; i < last; i++) {
+        const size_t position = (size_t)p->positions[i];
+        uint8_t *page = p->of[i]->handles[position / PAGE_POSITIONS];
+        for (size_t h = 0; h < f->n_kv_heads; h++) {
+            uint8_t *keys = page + key_offset(c, p->layer_index, h);
+            const size_t at = i * c->kv_heads + h * f->head_dim;
+            store_head(c, c->k + at, c->v + at, keys, keys + c->key_bytes,
+                       position % PAGE_POSITIONS);
+        }
+    }
+}
+
+static void store(struct part *p) { pool_run(p->cpu->pool, p->n, 4, store_range, p); }
+
+/* Items are (row, kv head); the query heads of a group share its keys and values. */
+static void attend_range(void *context, size_t first, size_t last) {
+    const struct part *p = context;
+    const struct cpu *c = p->cpu;
+    const llama_config *f = &c->model->config;
+    const size_t group = f->n_heads / f->n_kv_heads;
+    for (size_t item = first; item < last; item++) {
+        const size_t i = item / f->n_kv_heads, h = item % f->n_kv_heads;
+        const size_t at = i * c->heads + h * group * f->head_dim;
+        const size_t k_offset = key_offset(c, p->layer_index, h);
+        const struct attention a = {
+            .q = c->q + at, .out = c->attended + at, .n_queries = group,
+            .head_dim = f->head_dim, .pages = (const uint8_t *const *)p->of[i]->handles,
+            .k_offset = k_offset, .v_offset = k_offset + c->key_bytes,
+            .n_positions = (size_t)p->positions[i] + 1,
+        };
+        if (c->kv_kind == LLAMA_F32) c->kernels->attend_f32(&a);
+        else c->kernels->attend_f16(&a);
+    }
+}
+
+static void attend(struct part *p) {
+    pool_run(p->cpu->pool, p->n * p->cpu->model->config.n_kv_heads, 1, attend_range, p);
+}
+
+static void residual_range(void *context, size_t first, size_t last) {
+    const struct cpu *c = context;
+    for (size_t i = first; i < last; i++)
+        c->kernels->add(c->x + i * c->dim, c->y + i * c->dim, c->model->config.dim);
+}
+
+/* x += y: the one place where a sum across processes would stand. */
+static void residual(struct part *p) { pool_run(p->cpu->pool, p->n, 8, residual_range, p->cpu); }
+
+static void output(struct part *p) {
+    struct cpu *c = p->cpu;
+    matmul(c, p->n, c->attended, c->heads, 1, &(struct product){&p->layer->wo, c->y, c->dim});
+    residual(p);
+}
+
+static void ffn_norm(struct part *p) {
+    struct norming z = {p->cpu, p->layer->ffn_norm};
+    pool_run(p->cpu->pool, p->n, 4, norm_range, &z);
+}
+
+static void swiglu_range(void *context, size_t first, size_t last) {
+    const struct cpu *c = context;
+    for (size_t i = first; i < last; i++)
+        c->kernels->swiglu(c->gate + i * c->hidden, c->up + i * c->hidden,
+                           c->model->config.hidden_dim);
+}
+
+static void gate_up(struct part *p) {
+    struct cpu *c = p->cpu;
+    const struct product list[] = {{&p->layer->w1, c->gate, c->hidden},
+                                   {&p->layer->w3, c->up, c->hidden}};
+    matmul(c, p->n, c->normed, c->dim, 2, list);
+    pool_run(c->pool, p->n, 1, swiglu_range, c);
+}
+
+static void down(struct part *p) {
+    struct cpu *c = p->cpu;
+    matmul(c, p->n, c->gate, c->hidden, 1, &(struct product){&p->layer->w2, c->y, c->dim});
+    residual(p);
+}
+
+/* Final norm and output matrix for the rows that want them; returns past the last row written.
+ * The stream's rows are compacted in place, which is safe as it is not needed again. */
+static float *logits(struct part *p, const uint8_t *want, float *out) {
+    struct cpu *c = p->cpu;
+    const llama_config *f = &c->model->config;
+    size_t wanted = 0;
+    for (size_t i = 0; i < p->n; i++)
+        if (want && want[i]) {
+            memmove(c->x + wanted * c->dim, c->x + i * c->dim, f->dim * sizeof(float));
+            wanted++;
+        }
+    struct norming z = {c, c->model->norm};
+    pool_run(c->pool, wanted, 4, norm_range, &z);
+    for (size_t i = 0; i < wanted; i += LOGIT_ROWS) {
+        const size_t n = wanted - i < LOGIT_ROWS ? wanted - i : LOGIT_ROWS;
+        matmul(c, n, c->normed + i * c->dim, c->dim, 1,
+               &(struct product){&c->model->output, c->logits, c->vocab});
+        for (size_t j = 0; j < n; j++, out += f->vocab_size)
+            memcpy(out, c->logits + j * c->vocab, f->vocab_size * sizeof(float));
+    }
+    return out;
+}
+
+static int cpu_forward(void *state, const struct rows *rows, float *out) {
+    struct cpu *c = state;
+    for (size_t start = 0; start < rows->n; start += c->rows) {
+        struct part p = {
+            .cpu = c,
+            .n = rows->n - start < c->rows ? rows->n - start : c->rows,
+            .tokens = rows->tokens + start,
+            .positions = rows->positions + start,
+            .of = rows->of + start,
+        };
+        embed(&p);
+        for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
+            p.layer = &c->model->layers[n];
+            p.layer_index = n;
+            attention_norm(&p);
+            qkv(&p);
+            rope(&p);
+            store(&p);
+            attend(&p);
+            output(&p);
+            ffn_norm(&p);
+            gate_up(&p);
+            down(&p);
+        }
+        out = logits(&p, rows->want ? rows->want + start : NULL, out);
+    }
+    return 0;
+}
+
+// ---- opening and closing
+
+static void *page_make(void *device) {
+    struct cpu *c = device;
+    void *page = NULL;
+    if (posix_memalign(&page, 64, c->page_bytes)) {
+        fail("out of memory for a KV page of %zu bytes", c->page_bytes);
+        return NULL;
+    }
+    return page;
+}
+
+static void page_copy(void *device, void *to, const void *from) {
+    memcpy(to, from, ((struct cpu *)device)->page_bytes);
+}
+
+static void page_destroy(void *device, void *page) {
+    (void)device;
+    free(page);
+}
+
+static struct pages cpu_pages(void *state) {
+    return (struct pages){state, page_make, page_copy, page_destroy};
+}
+
+static void cpu_close(void *state) {
+    struct cpu *c = state;
+    pool_close(c->pool);
+    free(c->memory);
+    free(c->frequencies);
+    free(c);
+}
+
+static size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/* Lays the scratch out from BASE (NULL: only counts); returns its bytes. */
+static size_t lay_out(struct cpu *c, char *base) {
+    const size_t r = c->rows, half = c->model->config.head_dim / 2;
+    size_t widest = c->dim > c->heads ? c->dim : c->heads;
+    widest = up_to(widest > c->hidden ? widest : c->hidden, GROUP);
+    const struct { void *pointer; size_t bytes; } list[] = {
+        {&c->x, r * c->dim * 4},         {&c->normed, r * c->dim * 4},
+        {&c->q, r * c->heads * 4},       {&c->attended, r * c->heads * 4},
+        {&c->k, r * c->kv_heads * 4},    {&c->v, r * c->kv_heads * 4},
+        {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
+        {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->vocab * 4},
+        {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
+        {&c->codes, r * widest},         {&c->scales, r * widest / GROUP * 4},
+        {&c->sums, r * widest / GROUP * 4},
+    };
+    size_t bytes = 0;
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
+        char *at = base ? base + bytes : NULL;
+        memcpy(list[i].pointer, &at, sizeof at);
+        bytes += up_to(list[i].bytes, 64);
+    }
+    return bytes;
+}
+
+static int scratch_open(struct cpu *c) {
+    const llama_config *f = &c->model->config;
+    c->dim = up_to(f->dim, TILE_ROWS);
+    c->heads = up_to((size_t)f->n_heads * f->head_dim, TILE_ROWS);
+    c->kv_heads = up_to((size_t)f->n_kv_heads * f->head_dim, TILE_ROWS);
+    c->hidden = up_to(f->hidden_dim, TILE_ROWS);
+    c->vocab = up_to(f->vocab_size, TILE_ROWS);
+    c->rows = 1;
+    const size_t row_bytes = lay_out(c, NULL) - LOGIT_ROWS * c->vocab * 4;
+    c->rows = SCRATCH_BYTES / row_bytes;
+    if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
+    if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
+    const size_t bytes = lay_out(c, NULL);
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, bytes))
+        return fail("out of memory for %zu bytes of scratch", bytes);
+    c->memory = memory;
+    lay_out(c, c->memory);
+    return 0;
+}
+
+static int cpu_open(const struct model *model, const llama_session_options *options,
+                    llama_session_info *info, void **state) {
+    struct cpu *c = calloc(1, sizeof *c);
+    if (!c) return fail("out of memory for a session");
+    const llama_config *f = &model->config;
+    c->model = model;
+    c->kernels = kernels_find(options->isa);
+    c->kv_kind = options->kv_kind >= 0      ? (uint32_t)options->kv_kind
+                 : f->kind == LLAMA_F32     ? LLAMA_F32
+                                            : LLAMA_F16;
+    c->key_bytes = (size_t)f->n_kv_heads * PAGE_POSITIONS * f->head_dim *
+                   (c->kv_kind == LLAMA_F32 ? 4 : 2);
+    c->page_bytes = 2 * f->n_layers * c->key_bytes;
+    c->frequencies = malloc(f->head_dim / 2 * sizeof(float));
+    if (!c->frequencies) fail("out of memory for a session");
+    if (!c->kernels)
+        fail("isa \"%s\" is not among the kernels that this build and CPU have", options->isa);
+    if (!c->frequencies || !c->kernels || scratch_open(c) ||
+        !(c->pool = pool_open(options->threads)))
+        return cpu_close(c), -1;
+    rope_frequencies(f, c->frequencies);
+    info->isa = c->kernels->isa;
+    info->threads = pool_threads(c->pool);
+    info->kv_kind = c->kv_kind;
+    info->scratch_bytes = lay_out(c, c->memory);
+    info->kv_bytes_per_position = c->page_bytes / PAGE_POSITIONS;
+    *state = c;
+    return 0;
+}
+
+const struct backend backend_cpu = {"cpu", cpu_open, cpu_close, cpu_pages, cpu_forward};

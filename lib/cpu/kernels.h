@@ -1,0 +1,104 @@
+/* kernels.h: every inner loop of the CPU pass, as a table of function pointers.
+ *
+ * scalar.c fills the whole table and says what is right; an ISA file replaces the entries it
+ * does faster. Contract of all: the same result to the last bit on every ISA. So each entry
+ * fixes its order of operations: "fma" below is one fused multiply-add (one rounding), a sum
+ * "in lanes" keeps 16 partial sums, element i going to lane i % 16 in rising i, and adds the
+ * lanes at the end as a tree: lane j += lane j + 8, then + 4, + 2, + 1. Vector length, thread
+ * and position in the batch never show. */
+#ifndef KERNELS_H
+#define KERNELS_H
+#include <stddef.h>
+#include <stdint.h>
+#include "../quant.h"
+
+/* Rows of one matmul input. Float kinds read x; quantised kinds read q, d and sum, which
+ * quantize_row made of x: groups = ceil(columns / GROUP), and x is never read. */
+struct input {
+    size_t n;            // rows (tokens), >= 1
+    size_t columns;
+    const float *x;      // (n, x_stride)
+    size_t x_stride;
+    const int8_t *q;     // (n, groups * GROUP), zeros past the last column
+    const float *d;      // (n, groups)
+    const int32_t *sum;  // (n, groups): sum of the group's codes
+};
+
+/* y[t][r] = sum over columns of w[r][c] * x[t][c], for the strips [first, last) of one matrix.
+ * Float kinds: acc = fma(w, x, acc) in rising c from 0.
+ * Quantised kinds: for each group in rising order, the exact integer sum s of code * q, then
+ * acc = fma((float)s, f16(d_w) * d_x, acc), from 0.
+ * All 16 rows of a strip are written: the caller's y has room for whole strips. */
+struct matmul {
+    const uint8_t *w;    // the matrix's first strip
+    size_t strip_bytes;
+    const struct input *in;
+    float *y;            // (n, y_stride); row r of the matrix goes to column r
+    size_t y_stride;
+};
+
+/* One token's query heads that share one kv head, against one sequence's pages.
+ * A page holds, at k_offset, keys (PAGE_POSITIONS / 16, head_dim, 16): dimension-major inside a
+ * tile of 16 positions; and at v_offset, values (PAGE_POSITIONS, head_dim).
+ * Per page, in rising order: s[p] = fma(q[i], k[p][i], s[p]) in rising i from 0; m' = max(m, all
+ * s of the page); scale = exp(m - m'); w[p] = exp(s[p] - m'); the weights sum "in lanes" that
+ * are scaled too: lane = lane * scale, then + w[p]; out[i] = out[i] * scale, then
+ * out[i] = fma(w[p], v[p][i], out[i]) in rising p. Last, out[i] / sum of lanes.
+ * m starts at -infinity, and while it is so scale is 0; exp is exp_f32 below. A score that is NaN
+ * makes all of out NaN. What stands at positions from n_positions on does not matter. */
+struct attention {
+    const float *q;           // (n_queries, head_dim), already scaled by 1 / sqrt(head_dim)
+    float *out;               // (n_queries, head_dim)
+    size_t n_queries, head_dim;
+    const uint8_t *const *pages;
+    size_t k_offset, v_offset; // bytes from a page's start, for this layer and kv head
+    size_t n_positions;        // attends to positions 0..n_positions - 1; >= 1
+};
+
+struct kernels {
+    const char *isa;
+    void (*matmul_f32)(const struct matmul *m, size_t first, size_t last);
+    void (*matmul_f16)(const struct matmul *m, size_t first, size_t last);
+    void (*matmul_bf16)(const struct matmul *m, size_t first, size_t last);
+    void (*matmul_q8)(const struct matmul *m, size_t first, size_t last);
+    void (*matmul_q4)(const struct matmul *m, size_t first, size_t last);
+
+    /* x (n) -> q (groups * GROUP), d, sum (groups). Per group: a = max |x|; if a < 2^-100 all is
+     * 0; if any x is NaN or infinite, d = NaN and codes are 0; else d = a / 127 and
+     * q = round half to even(x * (127 / a)). So |q| <= 127. */
+    void (*quantize_row)(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
+
+    /* out[i] = w[i] * (x[i] * s),  s = 1 / sqrt(sum of x[i]^2 / n + eps): the squares added "in
+     * lanes" by fma; division, sqrt as IEEE has them (arXiv:1910.07467, eq. 4). */
+    void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);
+
+    /* Rotates pairs (x[2i], x[2i+1]) of one head by angle i: a' = fma(a, cos, -(b * sin)),
+     * b' = fma(a, sin, b * cos) (arXiv:2104.09864, eq. 34). n = head_dim, even. */
+    void (*rope)(float *x, const float *cos, const float *sin, size_t n);
+
+    /* gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]   (arXiv:2002.05202, SwiGLU) */
+    void (*swiglu)(float *gate, const float *up, size_t n);
+    void (*add)(float *x, const float *y, size_t n); // x += y
+
+    /* KV pages hold f32 or f16; x (n) -> n elements at out. */
+    void (*attend_f32)(const struct attention *a);
+    void (*attend_f16)(const struct attention *a);
+    void (*to_f16)(uint16_t *out, const float *x, size_t n);
+};
+
+/* exp in f32, the same bits everywhere, within 2 ulp; exp(-infinity) = 0; NaN gives NaN.
+ * exp.h has the steps and the constants. */
+float exp_f32(float x);
+
+/* The best table this CPU can run, or the one called NAME (NULL: best); NULL if it cannot. */
+const struct kernels *kernels_find(const char *name);
+/* The I-th that this build and CPU can run, best first; NULL past the last. */
+const struct kernels *kernels_at(size_t i);
+
+/* What kernels.c calls to fill a table, each in its own file compiled with its own ISA flags. */
+void kernels_scalar(struct kernels *k);
+void kernels_avx2(struct kernels *k);
+void kernels_avxvnni(struct kernels *k);
+void kernels_avx512(struct kernels *k);
+void kernels_avx512vnni(struct kernels *k);
+#endif

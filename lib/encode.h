@@ -1,0 +1,9 @@
+/* encode.h: rows of a matrix, in whatever kind they are, become blocks of another kind. */
+#ifndef ENCODE_H
+#define ENCODE_H
+#include "format.h"
+
+/* The contract of llama_quantize in llama.h; the arguments are already checked. */
+int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struct kind *kind,
+                int threads, void *out, llama_loss *loss);
+#endif

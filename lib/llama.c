@@ -1,0 +1,347 @@
+/* llama.c: the door. It checks every argument, keeps the error text, holds a session's lock, and
+ * calls inward; nothing behind it needs to doubt what it is given. */
+#include "llama.h"
+#include "backend.h"
+#include "cpu/bandwidth.h"
+#include "cpu/kernels.h"
+#include "encode.h"
+#include "error.h"
+#include "model.h"
+#include "sampler.h"
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static _Thread_local char error_text[1024];
+
+int fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error_text, sizeof error_text, format, arguments);
+    va_end(arguments);
+    return -1;
+}
+
+const char *llama_error(void) { return error_text; }
+
+// ---- models
+
+struct llama_model {
+    struct model model;
+    atomic_int users;      // 1 for the caller, 1 for each session
+};
+
+static void model_release(llama_model *m) {
+    if (atomic_fetch_sub(&m->users, 1) != 1) return;
+    model_close(&m->model);
+    free(m);
+}
+
+int llama_open(const char *path, llama_model **model) {
+    if (!path || !model) return fail("llama_open: path or model is NULL");
+    *model = NULL;
+    llama_model *m = calloc(1, sizeof *m);
+    if (!m) return fail("out of memory for a model");
+    atomic_init(&m->users, 1);
+    if (model_open(&m->model, path)) return model_release(m), -1;
+    *model = m;
+    return 0;
+}
+
+void llama_close(llama_model *model) {
+    if (model) model_release(model);
+}
+
+void llama_get_config(const llama_model *model, llama_config *config) {
+    *config = model->model.config;
+}
+
+size_t llama_count_tensors(const llama_model *model) { return model->model.file.n_tensors; }
+size_t llama_count_meta(const llama_model *model) { return model->model.file.n_metas; }
+
+int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tensor) {
+    const struct file *f = &model->model.file;
+    if (index >= f->n_tensors) return fail("tensor %zu of %zu", index, f->n_tensors);
+    *tensor = f->tensors[index].is;
+    return 0;
+}
+
+int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta) {
+    const struct file *f = &model->model.file;
+    if (index >= f->n_metas) return fail("meta entry %zu of %zu", index, f->n_metas);
+    *meta = f->metas[index];
+    return 0;
+}
+
+int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes) {
+    const struct file *f = &model->model.file;
+    *bytes = f->tokenizer;
+    *n_bytes = f->tokenizer_bytes;
+    return f->tokenizer_kind;
+}
+
+int llama_verify(const llama_model *model, size_t tensor) {
+    const struct file *f = &model->model.file;
+    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
+    return file_verify(f, tensor);
+}
+
+int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_t n, float *out) {
+    const struct file *f = &model->model.file;
+    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
+    const struct tensor *t = &f->tensors[tensor];
+    if (first > t->is.shape[0] || n > t->is.shape[0] - first)
+        return fail("%s: rows %zu to %zu of %zu", t->is.name, first, first + n,
+                    (size_t)t->is.shape[0]);
+    if (t->is.n_dims == 1) memcpy(out, t->data + first * 4, n * 4);
+    else
+        for (size_t i = 0; i < n; i++)
+            kind_decode_row(t->kind, t->data, t->is.shape[1], first + i, out + i * t->is.shape[1]);
+    return 0;
+}
+
+// ---- quantising
+
+static int quantize_check(const llama_model *model, size_t tensor, size_t first, size_t n,
+                          const struct kind *kind, size_t out_bytes) {
+    const struct file *f = &model->model.file;
+    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
+    if (!kind) return fail("llama_quantize: no such kind of weights");
+    const llama_tensor *t = &f->tensors[tensor].is;
+    if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
+    if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
+        (n % TILE_ROWS && first + n != t->shape[0]))
+        return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
+                    first + n, (size_t)t->shape[0], TILE_ROWS);
+    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
+        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
+                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
+    return 0;
+}
+
+int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
+                   int threads, void *out, size_t out_bytes, llama_loss *loss) {
+    if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
+    const struct kind *k = kind_find(kind);
+    if (quantize_check(model, tensor, first, n, k, out_bytes)) return -1;
+    return encode_rows(&model->model.file.tensors[tensor], first, n, k, threads, out, loss);
+}
+
+// ---- sessions
+
+struct llama_session {
+    llama_model *model;
+    const struct backend *backend;
+    void *state;           // the backend's
+    struct cache cache;
+    pthread_mutex_t lock;  // held through each call
+    llama_session_info info;
+    float *kept;           // (n_kept, vocab_size) logits of the last forward
+    size_t n_kept, kept_room;
+};
+
+const char *llama_isa_name(size_t i) {
+    const struct kernels *k = kernels_at(i);
+    return k ? k->isa : NULL;
+}
+
+static int options_check(const llama_session_options *o, const struct backend **backend) {
+    const char *device = o->device ? o->device : "cpu";
+    *backend = !strcmp(device, "cpu") ? &backend_cpu : !strcmp(device, "cuda") ? &backend_cuda : 0;
+    if (!*backend) return fail("device \"%s\", expected cpu or cuda", device);
+    if (o->kv_kind != -1 && o->kv_kind != LLAMA_F32 && o->kv_kind != LLAMA_F16)
+        return fail("KV cache kind %d, expected f32 or f16", o->kv_kind);
+    if (o->max_seq_len > 1 << 24)
+        return fail("max_seq_len is %u, expected at most %d", o->max_seq_len, 1 << 24);
+    return 0;
+}
+
+int llama_session_open(llama_model *model, const llama_session_options *options,
+                       llama_session **session) {
+    if (!model || !options || !session) return fail("llama_session_open: an argument is NULL");
+    *session = NULL;
+    const struct backend *backend;
+    if (options_check(options, &backend)) return -1;
+    llama_session *s = calloc(1, sizeof *s);
+    if (!s) return fail("out of memory for a session");
+    const llama_config *c = &model->model.config;
+    s->info = (llama_session_info){
+        .device = backend->name,
+        .max_seq_len = options->max_seq_len ? options->max_seq_len : c->max_seq_len,
+        .page_positions = PAGE_POSITIONS,
+    };
+    if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
+    s->backend = backend;
+    s->model = model;
+    atomic_fetch_add(&model->users, 1);
+    cache_open(&s->cache, backend->pages(s->state));
+    pthread_mutex_init(&s->lock, NULL);
+    *session = s;
+    return 0;
+}
+
+void llama_session_close(llama_session *s) {
+    if (!s) return;
+    cache_close(&s->cache);
+    s->backend->close(s->state);
+    pthread_mutex_destroy(&s->lock);
+    free(s->kept);
+    model_release(s->model);
+    free(s);
+}
+
+int llama_get_session_info(llama_session *s, llama_session_info *info) {
+    if (!s || !info) return fail("llama_get_session_info: an argument is NULL");
+    pthread_mutex_lock(&s->lock);
+    *info = s->info;
+    info->kv_bytes = s->cache.n_all * info->kv_bytes_per_position * PAGE_POSITIONS;
+    info->scratch_bytes += s->kept_room * s->model->model.config.vocab_size * sizeof(float);
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
+/* Checks each row, and that the rows of a sequence follow on from its length; ENDS gets each
+ * sequence's length after the batch. */
+static int batch_check(const llama_session *s, const llama_batch *b,
+                       uint32_t ends[LLAMA_MAX_SEQUENCES], size_t *wanted) {
+    const uint32_t vocab_size = s->model->model.config.vocab_size;
+    for (int i = 0; i < LLAMA_MAX_SEQUENCES; i++) ends[i] = s->cache.sequences[i].length;
+    *wanted = 0;
+    for (size_t i = 0; i < b->n; i++) {
+        const int32_t token = b->tokens[i], sequence = b->sequences[i], at = b->positions[i];
+        if (token < 0 || (uint32_t)token >= vocab_size)
+            return fail("token id %d, expected 0 to %u", token, vocab_size - 1);
+        if (sequence < 0 || sequence >= LLAMA_MAX_SEQUENCES)
+            return fail("sequence %d, expected 0 to %d", sequence, LLAMA_MAX_SEQUENCES - 1);
+        if (at < 0 || (uint32_t)at >= s->info.max_seq_len)
+            return fail("position %d does not fit the context of %u tokens", at,
+                        s->info.max_seq_len);
+        if ((uint32_t)at != ends[sequence])
+            return fail("position %d of sequence %d, expected %u, its length", at, sequence,
+                        ends[sequence]);
+        ends[sequence]++;
+        *wanted += b->want && b->want[i];
+    }
+    return 0;
+}
+
+static int keep_room(llama_session *s, size_t rows) {
+    s->n_kept = 0;
+    if (rows <= s->kept_room) return 0;
+    const size_t vocab_size = s->model->model.config.vocab_size;
+    if (rows > SIZE_MAX / sizeof(float) / vocab_size) return fail("too many rows want logits");
+    float *kept = realloc(s->kept, rows * vocab_size * sizeof *kept);
+    if (!kept) return fail("out of memory for the logits of %zu rows", rows);
+    s->kept = kept;
+    s->kept_room = rows;
+    return 0;
+}
+
+static int forward_locked(llama_session *s, const llama_batch *b, float *logits) {
+    uint32_t ends[LLAMA_MAX_SEQUENCES];
+    size_t wanted;
+    if (batch_check(s, b, ends, &wanted)) return -1;
+    if (!logits && keep_room(s, wanted)) return -1;
+    const struct sequence **of = malloc((b->n + 1) * sizeof *of);
+    int rc = of ? 0 : fail("out of memory for a batch of %zu rows", b->n);
+    for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES && !rc; i++)
+        rc = cache_reserve(&s->cache, i, ends[i]);
+    if (!rc) {
+        for (size_t i = 0; i < b->n; i++) of[i] = &s->cache.sequences[b->sequences[i]];
+        const struct rows rows = {b->n, b->tokens, b->positions, b->want, of};
+        rc = s->backend->forward(s->state, &rows, logits ? logits : s->kept);
+    }
+    free(of);
+    for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES; i++) {
+        if (rc) cache_trim(&s->cache, i, s->cache.sequences[i].length);
+        else cache_commit(&s->cache, i, ends[i]);
+    }
+    if (!rc && !logits) s->n_kept = wanted;
+    return rc;
+}
+
+int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
+    if (!s || !batch || (batch->n && !(batch->tokens && batch->sequences && batch->positions)))
+        return fail("llama_forward: an argument is NULL");
+    pthread_mutex_lock(&s->lock);
+    int rc = forward_locked(s, batch, logits);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+/* A sequence's place, or NULL with the reason. */
+static struct sequence *sequence_find(llama_session *s, int32_t sequence) {
+    if (sequence >= 0 && sequence < LLAMA_MAX_SEQUENCES) return &s->cache.sequences[sequence];
+    fail("sequence %d, expected 0 to %d", sequence, LLAMA_MAX_SEQUENCES - 1);
+    return NULL;
+}
+
+int llama_length(llama_session *s, int32_t sequence, uint32_t *length) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q) return -1;
+    pthread_mutex_lock(&s->lock);
+    *length = q->length;
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
+int llama_trim(llama_session *s, int32_t sequence, uint32_t length) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = length <= q->length ? 0 : fail("cannot trim sequence %d to %u: it has %u positions",
+                                            sequence, length, q->length);
+    if (!rc) cache_trim(&s->cache, sequence, length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
+    const struct sequence *q = sequence_find(s, from);
+    if (!q || !sequence_find(s, to)) return -1;
+    if (from == to) return fail("cannot fork sequence %d onto itself", from);
+    pthread_mutex_lock(&s->lock);
+    int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
+                                 : fail("cannot fork %u positions of sequence %d: it has %u",
+                                        length, from, q->length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+// ---- sampling
+
+int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
+                        const int32_t *seen, size_t n_seen, uint64_t completion,
+                        uint64_t position, int32_t *token) {
+    if (!logits || !sampling || !token || (n_seen && !seen))
+        return fail("llama_sample: an argument is NULL");
+    if (vocab_size < 1 || vocab_size > 1 << 24)
+        return fail("%zu logits, expected 1 to %d", vocab_size, 1 << 24);
+    if (sampling_check(sampling)) return -1;
+    for (size_t i = 0; i < n_seen; i++)
+        if (seen[i] < 0 || (size_t)seen[i] >= vocab_size)
+            return fail("seen token id %d, expected 0 to %zu", seen[i], vocab_size - 1);
+    return sampler_pick(logits, vocab_size, sampling, seen, n_seen, completion, position, token);
+}
+
+int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
+                 const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
+                 int32_t *token) {
+    if (!s) return fail("llama_sample: session is NULL");
+    pthread_mutex_lock(&s->lock);
+    const size_t vocab_size = s->model->model.config.vocab_size;
+    int rc = row < s->n_kept
+                 ? llama_sample_logits(s->kept + row * vocab_size, vocab_size, sampling, seen,
+                                       n_seen, completion, position, token)
+                 : fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int llama_measure_bandwidth(int threads, size_t bytes, double *bytes_per_second) {
+    if (!bytes_per_second) return fail("llama_measure_bandwidth: bytes_per_second is NULL");
+    return bandwidth_measure(threads, bytes, bytes_per_second);
+}

@@ -1,0 +1,191 @@
+/* llama.h: the whole public face of the library, and its manual.
+ *
+ * A model is an open .bin file (docs/format.md): read-only, mapped into memory, shared by any
+ * number of sessions. A session is a device, a KV cache and the scratch memory of one forward
+ * pass. Text never enters here: tokens go in, logits or tokens come out.
+ *
+ * Errors: a function that returns int returns 0, or -1 with the reason in llama_error(). The
+ * library never prints, never exits and reads no environment variable.
+ * Threads: a model may be used by many threads at once. A session holds one lock for the length
+ * of each call, so threads that share it take turns. Nothing is global.
+ * Memory: what a function hands out belongs to the library and lives as long as its model or
+ * session; the caller owns the buffers it passes in.
+ *
+ * cffi reads this file too: llama/_lib.py drops the lines that start with '#' and hands on the
+ * rest, so between here and the end stand only prototypes, structs and integer constants. */
+#ifndef LLAMA_H
+#define LLAMA_H
+#include <stddef.h>
+#include <stdint.h>
+#pragma GCC visibility push(default)
+
+typedef struct llama_model llama_model;
+typedef struct llama_session llama_session;
+
+/* How a matrix's weights are stored; the numbers stand in files. quant.h draws each layout. */
+enum {
+    LLAMA_F32 = 0,  // 32 bits a weight
+    LLAMA_F16 = 1,  // 16
+    LLAMA_BF16 = 2, // 16
+    LLAMA_Q8 = 3,   // 8.5: int8 codes, one f16 scale for 32 columns of a row
+    LLAMA_Q4 = 4    // 4.5: 4-bit codes, one f16 scale for 32 columns of a row
+};
+
+enum { LLAMA_ROPE_PLAIN = 0, LLAMA_ROPE_LINEAR = 1, LLAMA_ROPE_LLAMA3 = 2 };
+enum {
+    LLAMA_TOKENIZER_NONE = 0,
+    LLAMA_TOKENIZER_SENTENCEPIECE = 1, // a SentencePiece ModelProto
+    LLAMA_TOKENIZER_JSON = 2,          // a Hugging Face tokenizer.json
+    LLAMA_TOKENIZER_TIKTOKEN = 3       // Meta's Llama 3 file: "base64 rank" lines
+};
+enum { LLAMA_META_INT = 1, LLAMA_META_FLOAT = 2, LLAMA_META_TEXT = 3, LLAMA_META_BYTES = 4 };
+enum { LLAMA_MAX_EOS = 8, LLAMA_MAX_SEQUENCES = 256 };
+
+typedef struct {
+    uint32_t vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len;
+    float norm_eps, rope_theta;
+    uint32_t rope_scaling;  // LLAMA_ROPE_*
+    float rope_numbers[8];  // their meaning by kind: docs/format.md
+    uint32_t tied;          // 1: the output matrix is the embedding matrix
+    int32_t bos_id;         // -1: none
+    uint32_t n_eos;
+    int32_t eos_ids[8];
+    uint32_t kind;          // LLAMA_F32...: the kind that holds most of the weights
+    uint64_t file_bytes, weight_bytes; // the whole file; the tensor data, padding included
+} llama_config;
+
+typedef struct {
+    const char *name;     // "layers.0.attention.wq.weight"
+    uint32_t kind;        // LLAMA_F32...
+    uint32_t n_dims;      // 1: a vector; 2: a matrix
+    uint64_t shape[2];    // (rows, columns); a vector has shape[1] = 1
+    uint64_t bytes;       // as stored, padding included
+    uint32_t crc32;       // as recorded in the file
+} llama_tensor;
+
+typedef struct {
+    const char *key;
+    uint32_t type;        // LLAMA_META_*
+    int64_t integer;      // LLAMA_META_INT
+    double number;        // LLAMA_META_FLOAT
+    const uint8_t *bytes; // LLAMA_META_TEXT (UTF-8, no terminator) and LLAMA_META_BYTES
+    uint64_t n_bytes;
+} llama_meta;
+
+/* The reason for this thread's last failure, one line; "" before the first. */
+const char *llama_error(void);
+
+/* Opens PATH and checks its header and directory; tensor data is mapped, not read.
+ * llama_close gives the model back once its last session is closed; NULL is allowed. */
+int llama_open(const char *path, llama_model **model);
+void llama_close(llama_model *model);
+
+void llama_get_config(const llama_model *model, llama_config *config);
+size_t llama_count_tensors(const llama_model *model);
+size_t llama_count_meta(const llama_model *model);
+int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tensor);
+int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta);
+/* The tokenizer's own file, byte for byte; returns LLAMA_TOKENIZER_*. */
+int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes);
+
+/* Reads a tensor's data and compares its checksum with the recorded one. */
+int llama_verify(const llama_model *model, size_t tensor);
+/* Writes rows [first, first + n) of a tensor as float32: out (n, columns). */
+int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_t n, float *out);
+
+/* What storing weights in another kind lost. Sums over the true weights, padding left out. */
+typedef struct {
+    double sum_squares;       // of the weights before
+    double sum_squared_error; // of (after - before)
+    double max_error;         // largest |after - before|
+} llama_loss;
+
+/* Encodes rows [first, first + n) of a matrix in another kind, as they will stand in a file.
+ * FIRST is a multiple of 16, and so is N unless it ends at the last row. OUT_BYTES must be
+ * exactly what those rows take. THREADS as for a session. The bytes do not depend on THREADS.
+ * A weight that is not finite, or too large for the kind, is an error that names its place. */
+int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
+                   int threads, void *out, size_t out_bytes, llama_loss *loss);
+
+typedef struct {
+    const char *device;   // NULL or "cpu"; "cuda"
+    const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
+    int threads;          // 0: one for each core this process may use
+    int kv_kind;          // LLAMA_F32, LLAMA_F16; -1: f32 for an f32 file, f16 otherwise
+    uint32_t max_seq_len; // 0: the model's own; else the longest sequence this session takes
+} llama_session_options;
+
+typedef struct {
+    const char *device;      // "cpu"
+    const char *isa;         // "avx512vnni"
+    int threads;
+    uint32_t kv_kind, max_seq_len, page_positions;
+    uint64_t kv_bytes;       // held by KV pages now, free ones included
+    uint64_t scratch_bytes;  // everything else this session allocated
+    uint64_t kv_bytes_per_position;
+} llama_session_info;
+
+/* The I-th of the kernel sets that this build and this CPU can run, best first; NULL past the
+ * last. "scalar" is always there. */
+const char *llama_isa_name(size_t i);
+
+int llama_session_open(llama_model *model, const llama_session_options *options,
+                       llama_session **session);
+void llama_session_close(llama_session *session);
+int llama_get_session_info(llama_session *session, llama_session_info *info);
+
+/* One flat list of tokens serves prompts, single steps, batches and verification.
+ * Row i computes token tokens[i] of sequence sequences[i] at positions[i], and attends to that
+ * sequence's positions 0..positions[i]. Within a sequence positions go up by one and start at
+ * its length, so that no position is ever written twice: llama_trim first to go back.
+ * A row with want[i] != 0 yields logits; want NULL asks for none.
+ * Each row's logits are the same to the last bit alone or in any batch, for any split of a
+ * prompt into calls, and for any number of threads. */
+typedef struct {
+    size_t n;
+    const int32_t *tokens;    // (n), 0 <= token < vocab_size
+    const int32_t *sequences; // (n), 0 <= sequence < LLAMA_MAX_SEQUENCES
+    const int32_t *positions; // (n)
+    const uint8_t *want;      // (n) or NULL
+} llama_batch;
+
+/* Runs the batch. LOGITS (rows that want them, vocab_size) takes them in row order; if it is
+ * NULL the session keeps them for llama_sample until its next llama_forward.
+ * On failure the sequences are as they were before the call. */
+int llama_forward(llama_session *session, const llama_batch *batch, float *logits);
+
+/* Sequences start empty. */
+int llama_length(llama_session *session, int32_t sequence, uint32_t *length);
+/* Forgets positions from LENGTH on; LENGTH 0 gives all its pages back. */
+int llama_trim(llama_session *session, int32_t sequence, uint32_t length);
+/* Makes TO a copy of the first LENGTH positions of FROM, sharing pages; TO must differ. */
+int llama_fork(llama_session *session, int32_t from, int32_t to, uint32_t length);
+
+/* How logits become a token, applied in the order of the fields, as transformers does. */
+typedef struct {
+    float repetition_penalty; // > 0; 1: off. Divides positive logits of tokens already seen,
+                              // multiplies negative ones (arXiv:1909.05858, section 4.1)
+    float temperature;        // >= 0; 0: take the largest logit, the first of equals
+    int32_t top_k;            // keep the K largest, ties with the K-th included; 0: off
+    float top_p;              // (0, 1]: keep the fewest whose probabilities reach P; 1: off
+    float min_p;              // [0, 1]: keep those of at least P times the largest; 0: off
+    uint64_t seed;
+} llama_sampling;
+
+/* Chooses a token from row ROW (counting rows that wanted logits) of the last llama_forward, or
+ * from LOGITS (vocab_size). SEEN are the tokens so far, for the penalty; NULL, 0 is allowed.
+ * The random number depends only on (seed, completion, position). Logits that are not finite
+ * where it matters (NaN, +infinity, or all -infinity) are an error. */
+int llama_sample(llama_session *session, size_t row, const llama_sampling *sampling,
+                 const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
+                 int32_t *token);
+int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
+                        const int32_t *seen, size_t n_seen, uint64_t completion,
+                        uint64_t position, int32_t *token);
+
+/* Reads a buffer of BYTES (0: 256 MiB, larger than caches) with THREADS threads a few times and
+ * gives the best rate in bytes a second: the limit that decoding is measured against. */
+int llama_measure_bandwidth(int threads, size_t bytes, double *bytes_per_second);
+
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,38 @@
+/* model.h: the network's shape and weights, each found by name and checked against the shape
+ * that the config asks for. No arithmetic: devices take it from here. */
+#ifndef MODEL_H
+#define MODEL_H
+#include "format.h"
+
+struct matrix {
+    const struct kind *kind;
+    uint32_t kind_number;  // LLAMA_F32...
+    size_t rows, columns;
+    size_t strips;         // of TILE_ROWS rows, the last one padded
+    size_t strip_bytes;
+    const uint8_t *data;
+};
+
+struct layer {
+    const float *attention_norm;  // (dim)
+    struct matrix wq;             // (n_heads * head_dim, dim)
+    struct matrix wk, wv;         // (n_kv_heads * head_dim, dim)
+    struct matrix wo;             // (dim, n_heads * head_dim)
+    const float *ffn_norm;        // (dim)
+    struct matrix w1, w3;         // (hidden_dim, dim)
+    struct matrix w2;             // (dim, hidden_dim)
+};
+
+struct model {
+    struct file file;
+    llama_config config;
+    struct matrix tok_embeddings; // (vocab_size, dim)
+    struct layer *layers;         // (n_layers)
+    const float *norm;            // (dim)
+    struct matrix output;         // (vocab_size, dim); tok_embeddings when tied
+};
+
+/* 0, or -1 with the reason; model_close is right after either. */
+int model_open(struct model *model, const char *path);
+void model_close(struct model *model);
+#endif

@@ -1,0 +1,278 @@
+/* quant.c: the table of block kinds, and the plain way in and out of each.
+ *
+ * Clear rather than fast: kernels never come here. Decoding serves embedding rows and checks;
+ * encoding serves quantize.py, once a model. Both are exact about rounding, because what they
+ * write is what every kernel on every machine reads. */
+#include "quant.h"
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+static uint32_t float_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float bits_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* f16:   sign 1 | exponent 5, bias 15  | fraction 10
+ * bf16:  sign 1 | exponent 8, bias 127 | fraction 7     (the upper half of an f32)
+ * f32:   sign 1 | exponent 8, bias 127 | fraction 23 */
+float f16_to_f32(uint16_t bits)
+{
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31;
+    uint32_t fraction = bits & 0x3ff;
+    if (exponent == 31) // infinity, or NaN made quiet as the hardware does
+        return bits_float(sign | 0x7f800000 | fraction << 13 | (fraction ? 0x400000 : 0));
+    if (exponent == 0) // zero and subnormals: units of 2^-24
+        return bits_float(sign | float_bits((float)fraction * 0x1p-24f));
+    return bits_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+uint16_t f32_to_f16(float value)
+{
+    uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00 | (bits >> 13 & 0x3ff));
+    if (bits >= 0x477ff000) // 65520, half way past the largest, rounds to infinity
+        return (uint16_t)(sign | 0x7c00);
+    if (bits < 0x38800000) // below 2^-14: 0.5 + x has steps of 2^-24, the subnormals' unit
+        return (uint16_t)(sign | (float_bits(bits_float(bits) + 0.5f) - 0x3f000000));
+    bits += 0xfff + (bits >> 13 & 1); // half way goes to even
+    return (uint16_t)(sign | (bits - 0x38000000) >> 13);
+}
+
+float bf16_to_f32(uint16_t bits)
+{
+    return bits_float((uint32_t)bits << 16);
+}
+
+uint16_t f32_to_bf16(float value)
+{
+    uint32_t bits = float_bits(value);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Half to even, for |x| < 2^22: at 1.5 * 2^23 the step of a float is 1. */
+static float round_even(float x)
+{
+    return x + 0x1.8p23f - 0x1.8p23f;
+}
+
+/* -- f32, f16, bf16: a block is one column of TILE_ROWS values ----------------------------- */
+
+static void decode_row_f32(const void *block, uint32_t row, float *values)
+{
+    memcpy(values, (const uint8_t *)block + 4 * row, sizeof *values);
+}
+
+static uint16_t load_u16(const void *block, uint32_t i)
+{
+    uint16_t bits;
+    memcpy(&bits, (const uint8_t *)block + 2 * i, sizeof bits);
+    return bits;
+}
+
+static void decode_row_f16(const void *block, uint32_t row, float *values)
+{
+    *values = f16_to_f32(load_u16(block, row));
+}
+
+static void decode_row_bf16(const void *block, uint32_t row, float *values)
+{
+    *values = bf16_to_f32(load_u16(block, row));
+}
+
+static void encode_f32(const float *values, void *block)
+{
+    memcpy(block, values, TILE_ROWS * sizeof *values);
+}
+
+static void encode_f16(const float *values, void *block)
+{
+    for (int r = 0; r < TILE_ROWS; r++) {
+        uint16_t bits = f32_to_f16(values[r]);
+        memcpy((uint8_t *)block + 2 * r, &bits, sizeof bits);
+    }
+}
+
+static void encode_bf16(const float *values, void *block)
+{
+    for (int r = 0; r < TILE_ROWS; r++) {
+        uint16_t bits = f32_to_bf16(values[r]);
+        memcpy((uint8_t *)block + 2 * r, &bits, sizeof bits);
+    }
+}
+
+/* -- q8 ------------------------------------------------------------------------------------ */
+
+static void decode_row_q8(const void *block, uint32_t row, float *values)
+{
+    const struct block_q8 *b = block;
+    float d = f16_to_f32(b->d[row]);
+    for (int c = 0; c < GROUP; c++)
+        values[c] = d * (float)b->q[c / 4][row][c % 4];
+}
+
+/* The codes are computed with the scale as it is stored, so rounding the scale costs nothing
+ * but the clamp of the largest weight. */
+static void encode_q8(const float *values, void *block)
+{
+    struct block_q8 *b = block;
+    for (int r = 0; r < TILE_ROWS; r++, values += GROUP) {
+        float largest = 0;
+        for (int c = 0; c < GROUP; c++)
+            largest = fabsf(values[c]) > largest ? fabsf(values[c]) : largest;
+        b->d[r] = f32_to_f16(largest / 127);
+        float d = f16_to_f32(b->d[r]);
+        for (int c = 0; c < GROUP; c++) {
+            float code = d > 0 ? values[c] / d : 0;
+            code = round_even(code < -127 ? -127 : code > 127 ? 127 : code);
+            b->q[c / 4][r][c % 4] = (int8_t)code;
+        }
+    }
+}
+
+/* -- q4 ------------------------------------------------------------------------------------ */
+
+static void decode_row_q4(const void *block, uint32_t row, float *values)
+{
+    const struct block_q4 *b = block;
+    float d = f16_to_f32(b->d[row]);
+    for (int c = 0; c < GROUP / 2; c++) {
+        uint8_t byte = b->q[c / 4][row][c % 4];
+        values[c] = d * (float)((byte & 15) - 8);
+        values[c + GROUP / 2] = d * (float)((byte >> 4) - 8);
+    }
+}
+
+/* The search works on all rows of a block at once, columns outside and rows inside: each row is
+ * one SIMD lane, so the compiler makes vectors of it without changing the order of any sum. */
+typedef float rows[TILE_ROWS];
+
+/* Rounded as round_even does, but clamped as an integer, which compilers make vectors of. */
+static int code_q4(float x, float inverse)
+{
+    int code = (int)(float_bits(x * inverse + 0x1.8p23f) - float_bits(0x1.8p23f));
+    code = code < -8 ? -8 : code;
+    return code > 7 ? 7 : code;
+}
+
+/* The codes q that INVERSE gives, met with their best scale, leave x^2 - (xq)^2 / q^2 of squared
+ * error (sums over a row). Keeps the scale and the gain (xq)^2 / q^2 of the rows that improve. */
+static void keep_better_q4(rows x[GROUP], const rows inverse, rows scale, rows gain)
+{
+    rows xq = {0}, qq = {0};
+    for (int c = 0; c < GROUP; c++)
+        for (int r = 0; r < TILE_ROWS; r++) {
+            float q = (float)code_q4(x[c][r], inverse[r]);
+            xq[r] += x[c][r] * q;
+            qq[r] += q * q;
+        }
+    for (int r = 0; r < TILE_ROWS; r++)
+        if (qq[r] > 0 && xq[r] * xq[r] / qq[r] > gain[r]) {
+            gain[r] = xq[r] * xq[r] / qq[r];
+            scale[r] = xq[r] / qq[r];
+        }
+}
+
+/* The extreme of a row lands at about code -8 or, with the other sign of scale, at about 7: nine
+ * places around each, and the best of them refitted once more.
+ * On normally distributed weights: 0.88 of the squared error of "extreme / -8" alone. */
+static void search_q4(rows x[GROUP], rows scale)
+{
+    static const float places[] = {-8, -7, -7.25f, -7.5f, -7.75f, -8.25f, -8.5f, -8.75f, -9,
+                                   7,  6,  6.25f,  6.5f,  6.75f,  7.25f,  7.5f,  7.75f,  8};
+    rows extreme = {0}, inverse, gain = {0};
+    for (int c = 0; c < GROUP; c++)
+        for (int r = 0; r < TILE_ROWS; r++)
+            extreme[r] = fabsf(x[c][r]) > fabsf(extreme[r]) ? x[c][r] : extreme[r];
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        for (int r = 0; r < TILE_ROWS; r++) // below 2^-100 f16 holds nothing of the row anyway
+            inverse[r] = fabsf(extreme[r]) < 0x1p-100f ? 0 : places[i] / extreme[r];
+        keep_better_q4(x, inverse, scale, gain);
+    }
+    for (int r = 0; r < TILE_ROWS; r++)
+        inverse[r] = fabsf(scale[r]) < 0x1p-100f ? 0 : 1 / scale[r];
+    keep_better_q4(x, inverse, scale, gain);
+}
+
+static void encode_q4(const float *values, void *block)
+{
+    rows x[GROUP], scale = {0}, inverse;
+    for (int c = 0; c < GROUP; c++)
+        for (int r = 0; r < TILE_ROWS; r++)
+            x[c][r] = values[r * GROUP + c];
+    search_q4(x, scale);
+
+    struct block_q4 *b = block;
+    for (int r = 0; r < TILE_ROWS; r++) {
+        float s = scale[r] < -65504 ? -65504 : scale[r] > 65504 ? 65504 : scale[r];
+        b->d[r] = f32_to_f16(s);
+        s = f16_to_f32(b->d[r]);
+        inverse[r] = s == 0 ? 0 : 1 / s; // codes, like q8's, for the scale as it is stored
+    }
+    for (int c = 0; c < GROUP / 2; c++)
+        for (int r = 0; r < TILE_ROWS; r++) {
+            int low = code_q4(x[c][r], inverse[r]) + 8;
+            int high = code_q4(x[c + GROUP / 2][r], inverse[r]) + 8;
+            b->q[c / 4][r][c % 4] = (uint8_t)(low | high << 4);
+        }
+}
+
+/* -- the table ----------------------------------------------------------------------------- */
+
+static const struct kind kinds[] = {
+    // LLAMA_F32 ... LLAMA_Q4, in the order of their numbers in llama.h
+    {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32},
+    {"f16", 1, 32, 65504, decode_row_f16, encode_f16},
+    {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16},
+    {"q8", GROUP, sizeof(struct block_q8), 127 * 65504.0f, decode_row_q8, encode_q8},
+    {"q4", GROUP, sizeof(struct block_q4), 8 * 65504.0f, decode_row_q4, encode_q4},
+};
+
+const struct kind *kind_find(uint32_t kind)
+{
+    return kind < sizeof kinds / sizeof *kinds ? &kinds[kind] : NULL;
+}
+
+uint64_t kind_strip_bytes(const struct kind *kind, uint64_t columns)
+{
+    return (columns + kind->columns - 1) / kind->columns * kind->block_bytes;
+}
+
+uint64_t kind_matrix_bytes(const struct kind *kind, uint64_t rows, uint64_t columns)
+{
+    return (rows + TILE_ROWS - 1) / TILE_ROWS * kind_strip_bytes(kind, columns);
+}
+
+void kind_decode(const struct kind *kind, const void *block, float *values)
+{
+    for (uint32_t r = 0; r < TILE_ROWS; r++)
+        kind->decode_row(block, r, values + r * kind->columns);
+}
+
+void kind_decode_row(const struct kind *kind, const void *data, uint64_t columns, uint64_t row,
+                     float *out)
+{
+    const uint8_t *block = (const uint8_t *)data
+                           + row / TILE_ROWS * kind_strip_bytes(kind, columns);
+    uint64_t whole = columns / kind->columns, rest = columns % kind->columns;
+    float last[GROUP];
+    for (uint64_t i = 0; i < whole; i++, block += kind->block_bytes, out += kind->columns)
+        kind->decode_row(block, row % TILE_ROWS, out);
+    if (rest) {
+        kind->decode_row(block, row % TILE_ROWS, last);
+        memcpy(out, last, rest * sizeof *out);
+    }
+}

@@ -1,0 +1,32 @@
+"""A Llama in C, spoken to from Python: Llama, SamplingParams, LlamaError.
+
+Names are looked up when first asked for, so that the export wing (llama.checkpoints) imports
+without the C library or cffi.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama.errors import LlamaError
+    from llama.generate import Llama
+    from llama.sampling import SamplingParams
+
+__all__ = ["Llama", "LlamaError", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Llama":
+        from llama.generate import Llama
+
+        return Llama
+    if name == "SamplingParams":
+        from llama.sampling import SamplingParams
+
+        return SamplingParams
+    if name == "LlamaError":
+        from llama.errors import LlamaError
+
+        return LlamaError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

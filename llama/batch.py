@@ -1,0 +1,297 @@
+"""Many completions over one engine: who uses which sequence, and what each forward pass computes.
+
+A prompt continues or forks the sequence that shares its longest beginning, so only what follows
+is computed. Each step is one forward pass: a token of every running completion, and as much of
+the waiting prompts as fits in a chunk, so nobody's text stops while another's prompt is read.
+Results do not depend on the company: the engine's logits are the same alone and in any batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama.completion import Job
+from llama.errors import LlamaError
+
+if TYPE_CHECKING:
+    from llama.engine import Engine
+
+MAX_ACTIVE = 16  # completions that run together; more wait for a place
+MAX_IDLE = 16  # sequences kept for the prompts to come
+MAX_CHUNK = 256  # tokens of one forward pass
+MIN_CHUNK = 32
+CHUNK_SECONDS = 0.5  # and no more than take so long: Ctrl-C is heard between passes
+SHARE = 16  # tokens in common with a prompt being read that are worth waiting for
+
+
+@dataclass
+class Counters:
+    """What an engine did since it was opened. Steps that hold prompt tokens count as prompt."""
+
+    computed_tokens: int = 0  # every token that went through the network
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_steps: int = 0  # forward passes without prompt tokens,
+    decode_tokens: int = 0  # the tokens they computed,
+    decode_positions: int = 0  # and the cached positions that these looked at
+    decode_seconds: float = 0.0
+
+
+class Turns:
+    """A lock that threads get in the order in which they asked. A plain Lock would let a thread
+    that steps in a loop take it again before the next in line wakes up."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._held = False
+        self._line: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            mine = threading.Event()
+            self._line.append(mine)
+        try:
+            mine.wait()
+        except BaseException:
+            with self._mutex:
+                waiting = mine in self._line
+                if waiting:
+                    self._line.remove(mine)
+            if not waiting:  # it was handed over just now: hand it on
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._mutex:
+            if self._line:
+                self._line.popleft().set()
+            else:
+                self._held = False
+
+
+class Slot:
+    """A sequence of the engine and the tokens that its cache holds."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tokens: list[int] = []
+        self.used = 0  # when, by the clock of Slots
+
+
+class Slots:
+    """The engine's sequences. Idle ones keep their tokens until there are too many of them or
+    they hold more positions than one context."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.RLock()
+        self._free = list(range(engine.MAX_SEQUENCES - 1, -1, -1))
+        self._idle: list[Slot] = []
+        self._busy: list[Slot] = []
+        self._clock = 0
+
+    def longest(self, prompt: Sequence[int]) -> tuple[int, Slot | None]:
+        """How many of PROMPT's first tokens are computed already, and where. Never all of them:
+        the last one must be computed to have its logits."""
+        with self._lock:
+            best, found = 0, None
+            for slot in [*self._idle, *self._busy]:
+                n = common_prefix(slot.tokens, prompt, len(prompt) - 1)
+                if n > best:
+                    best, found = n, slot
+            return best, found
+
+    def take(self, prompt: Sequence[int], reuse: bool = True) -> Slot:
+        """A sequence that holds as much of PROMPT's beginning as any does."""
+        with self._lock:
+            n, best = self.longest(prompt) if reuse else (0, None)
+            if best in self._idle and n == len(best.tokens):
+                self._idle.remove(best)  # it would be continued: nothing is lost
+                slot = best
+            else:
+                slot = self._fresh(best)
+                if best is not None:
+                    self._engine.fork(best.number, slot.number, n)
+                    slot.tokens = best.tokens[:n]
+                    self._touch(best)
+            self._busy.append(slot)
+            # A KeyboardInterrupt may have come between a forward pass and the note of it.
+            self._engine.trim(slot.number, n)
+            self._touch(slot)
+            return slot
+
+    def give(self, slot: Slot) -> None:
+        """The sequence is idle now; what it holds may be of use later."""
+        with self._lock:
+            if slot not in self._busy:
+                return
+            self._busy.remove(slot)
+            self._idle.append(slot)
+            self._touch(slot)
+            held = sum(len(idle.tokens) for idle in self._idle)
+            while len(self._idle) > 1 and (
+                len(self._idle) > MAX_IDLE or held > self._engine.max_seq_len
+            ):
+                held -= len(self._forget(slot).tokens)
+
+    def _touch(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.used = self._clock
+
+    def _fresh(self, keep: Slot | None) -> Slot:
+        if not self._free and any(idle is not keep for idle in self._idle):
+            self._forget(keep)
+        if not self._free:
+            raise LlamaError(
+                f"all {self._engine.MAX_SEQUENCES} sequences are in use; close the streams that "
+                "nobody reads"
+            )
+        return Slot(self._free.pop())
+
+    def _forget(self, keep: Slot | None) -> Slot:
+        oldest = min((s for s in self._idle if s is not keep), key=lambda slot: slot.used)
+        self._engine.trim(oldest.number, 0)
+        self._idle.remove(oldest)
+        self._free.append(oldest.number)
+        return oldest
+
+
+class Batches:
+    """Runs completions, step by step. Several threads may: each has its own run, and their
+    forward passes take turns."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.slots = Slots(engine)
+        self.counters = Counters()
+        self.turns = Turns()
+        self.closed = False
+        self._chunk = 64  # until the first prompt shows how fast this machine is
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
+        """Completes JOBS, MAX_ACTIVE at a time, and yields each with its next text, at the last
+        with its result. Abandoned midway it leaves the engine ready for others."""
+        waiting = deque(jobs)
+        active: list[Job] = []
+        try:
+            while waiting or active:
+                for job in [j for j in (*active, *waiting) if j.cancelled or j.room() < 1]:
+                    (active if job in active else waiting).remove(job)
+                    self._release(job)
+                    yield job, job.end("cancelled" if job.cancelled else "length")
+                self._admit(waiting, active)
+                for job, token in self._step(active) if active else ():
+                    text = job.push(token)
+                    if job.result is not None:
+                        active.remove(job)
+                        self._release(job)
+                    if text or job.result is not None:
+                        yield job, text
+        finally:
+            for job in active:
+                self._release(job)
+
+    def _release(self, job: Job) -> None:
+        if job.slot is not None and not self.closed:
+            self.slots.give(job.slot)
+        job.slot = None
+
+    def _admit(self, waiting: deque[Job], active: list[Job]) -> None:
+        while waiting and len(active) < MAX_ACTIVE:
+            prompt = waiting[0].ids
+            known, _ = self.slots.longest(prompt)
+            if any(
+                job.slot is not None and len(job.slot.tokens) < job.n_prompt
+                and common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE
+                for job in active
+            ):  # fmt: skip
+                return  # the same beginning is being read right now: it will be forked
+            job = waiting[0]
+            job.slot = self.slots.take(prompt)
+            job.start(cached=len(job.slot.tokens))
+            active.append(waiting.popleft())
+
+    def _step(self, active: list[Job]) -> list[tuple[Job, int]]:
+        """One forward pass; the jobs whose next token it gave, and those tokens."""
+        plan: list[tuple[Job, int]] = []  # and how many tokens of each
+        room = self._chunk - len(active)  # a place for each; the rest for prompts, first come
+        for job in active:
+            assert job.slot is not None
+            left = len(job.ids) - len(job.slot.tokens)
+            count = min(left, 1 + max(room, 0))
+            room -= count - 1
+            plan.append((job, count))
+        tokens: list[int] = []
+        sequences: list[int] = []
+        positions: list[int] = []
+        want: list[bool] = []
+        sampled: list[Job] = []
+        for job, count in plan:
+            assert job.slot is not None
+            start = len(job.slot.tokens)
+            tokens += job.ids[start : start + count]
+            sequences += [job.slot.number] * count
+            positions += range(start, start + count)
+            complete = start + count == len(job.ids)
+            want += [False] * (count - 1) + [complete]
+            if complete:
+                sampled.append(job)
+        with self.turns:
+            self.check_open()
+            began = time.perf_counter()
+            self.engine.forward(tokens, sequences, positions, want, keep=True)
+            for job, count in plan:
+                assert job.slot is not None
+                start = len(job.slot.tokens)
+                job.slot.tokens += job.ids[start : start + count]
+            chosen = [
+                (job, self.engine.sample(row, job.params, job.seen(), job.completion, len(job.ids)))
+                for row, job in enumerate(sampled)
+            ]
+            self._count(plan, positions, time.perf_counter() - began)
+        return chosen
+
+    def _count(
+        self, plan: list[tuple[Job, int]], positions: list[int], seconds: float
+    ) -> None:
+        counters = self.counters
+        total = sum(count for _, count in plan)
+        decoding = sum(count for job, count in plan if len(job.ids) > job.n_prompt)
+        counters.computed_tokens += total
+        if decoding == total:
+            counters.decode_steps += 1
+            counters.decode_tokens += total
+            counters.decode_positions += sum(positions) + total
+            counters.decode_seconds += seconds
+            return
+        counters.prompt_tokens += total - decoding
+        counters.prompt_seconds += seconds
+        if total >= MIN_CHUNK:
+            fits = int(CHUNK_SECONDS * total / max(seconds, 1e-6))
+            self._chunk = max(MIN_CHUNK, min(MAX_CHUNK, fits)) // 16 * 16
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise LlamaError("this Llama is closed")
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """How many first tokens A and B share, at most LIMIT."""
+    low, high = 0, max(0, min(len(a), len(b), limit))
+    if a[:high] == b[:high]:
+        return high
+    while low + 1 < high:  # the first LOW are equal, the first HIGH are not; slices compare fast
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,118 @@
+"""What every source comes down to: a config, tensors under Meta's names, a tokenizer, notes.
+
+A source's reader fills a Checkpoint; `check` then holds it against docs/format.md in one place,
+so that a wrong, missing or misshapen tensor is the same sentence whatever the format was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama.checkpoints.mapped import Tensor, Unreadable
+from llama.errors import LlamaError
+from llama.format import Config, Rope, TokenizerKind, Value, expected_tensors
+from llama.quant import Kind
+
+FLOATS = {kind.label: kind for kind in (Kind.F32, Kind.F16, Kind.BF16)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may say about a checkpoint that it does not say itself."""
+
+    tokenizer: Path | None = None
+    template: str | None = None  # a family's name, or "none"
+    max_seq_len: int | None = None
+
+
+@dataclass
+class Tokenizer:
+    """A tokenizer's file and the ids that begin and end a text."""
+
+    kind: TokenizerKind = TokenizerKind.NONE
+    data: bytes = b""
+    vocab_size: int = 0  # ids it can produce; 0: not known
+    bos_id: int = -1  # -1: no token is put before a text
+    eos_ids: tuple[int, ...] = ()
+    special: dict[str, int] = field(default_factory=dict)  # of tiktoken ranks
+
+
+@dataclass
+class Checkpoint:
+    """One recognised model, nothing of its weights read yet."""
+
+    path: Path
+    source: str  # "GGUF", "Meta", ...
+    config: Config
+    tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    meta: dict[str, Value]
+    notes: list[str]  # what was inferred or left out, a line each
+    own_names: Mapping[str, str] = field(default_factory=dict)  # ours -> the source's
+
+    def check(self) -> None:
+        """Raises LlamaError for an impossible config, or a tensor wrong, missing or left over."""
+        size = self.tokenizer.vocab_size
+        if size > self.config.vocab_size:
+            raise LlamaError(
+                f"{self.path}: the tokenizer has {size} tokens, the model only "
+                f"{self.config.vocab_size}"
+            )
+        try:
+            self.config.check()
+        except LlamaError as error:
+            raise LlamaError(f"{self.path}: {error}") from None
+        expected = expected_tensors(self.config)
+        for name, shape in expected.items():
+            where = f"{self.path}: {self.own_names.get(name, name)}"
+            if name not in self.tensors:
+                raise LlamaError(f"{where} is missing, expected {show(shape)}")
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
+                raise LlamaError(f"{where}: expected {show(shape)}, found {show(tensor.shape)}")
+            if isinstance(tensor, Unreadable):
+                raise LlamaError(f"{where}: expected f32, f16 or bf16, found {tensor.dtype}")
+        for name in self.tensors.keys() - expected.keys():
+            raise LlamaError(
+                f"{self.path}: {self.own_names.get(name, name)}: a tensor that a Llama of this "
+                "shape does not have"
+            )
+
+    def main_dtype(self) -> str:
+        """The dtype that most of the matrices' weights have."""
+        weights: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if len(tensor.shape) == 2:
+                weights[tensor.dtype] += tensor.shape[0] * tensor.shape[1]
+        return weights.most_common(1)[0][0]
+
+    def default_kind(self) -> Kind:
+        """The source's own dtype; f16 for a quantised one."""
+        return FLOATS.get(self.main_dtype(), Kind.F16)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        c = self.config
+        parts = [
+            f"{self.source} {self.main_dtype()}",
+            f"{c.n_layers} layer" + "s" * (c.n_layers > 1),
+            f"dim {c.dim}",
+            f"{c.n_heads} heads" + (f" ({c.n_kv_heads} kv)" if c.n_kv_heads != c.n_heads else ""),
+            f"vocab {c.vocab_size}",
+            f"context {c.max_seq_len}",
+        ]
+        if c.rope_scaling != Rope.PLAIN:
+            parts.append(f"{c.rope_scaling.name.lower()} rope x{c.rope_numbers[0]:g}")
+        if c.tied:
+            parts.append("tied")
+        if "template.family" in self.meta:
+            parts.append(f"{self.meta['template.family']!s} template")
+        return f"{self.path.resolve().name}: {', '.join(parts)}"
+
+
+def show(shape: tuple[int, ...]) -> str:
+    """(4096, 512) -> "4096 x 512"."""
+    return " x ".join(str(n) for n in shape) or "a single number"

@@ -1,0 +1,32 @@
+"""Which family a chat template belongs to, seen from the template's own text.
+
+llama/templates.py holds one function a family; the name is stored in the .bin so that it need
+not guess. What no family fits is left unnamed: its Jinja text is stored all the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Marks that only one family writes, looked for in this order.
+MARKS = [
+    ("chatml", ("<|im_start|>", "<|im_end|>")),
+    ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
+    ("llama2", ("[INST]", "[/INST]")),
+    ("zephyr", ("<|user|>", "<|assistant|>")),
+]
+FAMILIES = [name for name, _ in MARKS]
+
+
+def family_of(jinja: str) -> str | None:
+    """The family whose marks all stand in the template, or None."""
+    for name, marks in MARKS:
+        if all(mark in jinja for mark in marks):
+            if name != "zephyr" or "</s>" in jinja or "eos_token" in jinja:
+                return name
+    return None
+
+
+def sounds_like_chat(name: str) -> bool:
+    """True for directory names like llama-2-7b-chat and Meta-Llama-3-8B-Instruct."""
+    return re.search(r"(?i)(chat|instruct)", name) is not None

@@ -1,0 +1,175 @@
+"""Hugging Face's form: config.json and weights in safetensors or pytorch_model*.bin.
+
+Names and one order differ from Meta's: wq and wk keep the halves of each rotary pair apart, and
+are put back together here. A setting that would change the numbers and that this engine does
+not compute is refused by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoints import hf_tokenizer, safetensors_file, torch_file
+from llama.checkpoints.checkpoint import Checkpoint, Options
+from llama.checkpoints.mapped import Interleaved, Tensor
+from llama.checkpoints.settings import Settings
+from llama.errors import LlamaError
+from llama.format import Config, Rope
+
+NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LAYER_NAMES = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
+# Settings that change the numbers, and the values at which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "sliding_window": (),
+}
+
+
+def load(path: Path, options: Options) -> Checkpoint:
+    """Reads the configuration and the weights' directories; weights stay where they are."""
+    settings = Settings.read(path / "config.json")
+    config = _config(settings)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _weights(path).items():
+        if not BUFFERS.fullmatch(name):
+            tensors[_meta_name(path, name)] = tensor
+    if config.tied:
+        tensors.pop("output.weight", None)  # transformers puts the embedding in its place
+    for name, tensor in tensors.items():
+        whole = len(tensor.shape) == 2 and tensor.shape[0] % config.head_dim == 0
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")) and whole:
+            tensors[name] = Interleaved(tensor, config.head_dim)
+    notes: list[str] = []
+    tokenizer, meta = hf_tokenizer.load(path, settings, config.vocab_size, options, notes)
+    config = replace(config, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+    name = path.resolve().name
+    meta = {"general.name": name, "general.origin": f"Hugging Face {name}", **meta}
+    own = {ours: theirs for theirs, ours in NAMES.items()}
+    for n in range(config.n_layers):
+        for theirs, ours in LAYER_NAMES.items():
+            own[f"layers.{n}.{ours}.weight"] = f"model.layers.{n}.{theirs}.weight"
+    return Checkpoint(path, "Hugging Face", config, tensors, tokenizer, meta, notes, own)
+
+
+def _meta_name(path: Path, name: str) -> str:
+    if name in NAMES:
+        return NAMES[name]
+    layer = re.fullmatch(r"model\.layers\.(\d{1,5})\.([\w.]+)\.weight", name)
+    if layer is None or layer[2] not in LAYER_NAMES:
+        raise LlamaError(f"{path}: {name[:80]}: a tensor that a plain Llama does not have")
+    return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
+
+
+def _config(settings: Settings) -> Config:
+    architectures = settings.values.get("architectures") or ["LlamaForCausalLM"]
+    if architectures not in [[name] for name in ARCHITECTURES]:
+        raise LlamaError(
+            f"{settings.path}: architectures: expected LlamaForCausalLM, found "
+            f"{str(architectures)[:80]}"
+        )
+    for key, neutral in NEUTRAL.items():
+        if settings.has(key) and settings.values[key] not in neutral:
+            raise LlamaError(
+                f"{settings.path}: {key} = {str(settings.values[key])[:60]} is not supported"
+            )
+    dim, n_heads = settings.count("hidden_size"), settings.count("num_attention_heads")
+    theta, scaling, numbers = _rope(settings)
+    config = Config(
+        vocab_size=settings.count("vocab_size"),
+        dim=dim,
+        hidden_dim=settings.count("intermediate_size"),
+        head_dim=settings.count("head_dim", dim // max(n_heads, 1)),
+        n_layers=settings.count("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=settings.count("num_key_value_heads", n_heads),
+        max_seq_len=settings.count("max_position_embeddings", 2048),  # transformers' defaults
+        norm_eps=settings.real("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rope_numbers=numbers,
+        tied=settings.flag("tie_word_embeddings", False),
+    )
+    try:
+        config.check()
+    except LlamaError as error:
+        raise LlamaError(f"{settings.path}: {error}") from None
+    return config
+
+
+def _rope(settings: Settings) -> tuple[float, Rope, tuple[float, ...]]:
+    """Base, kind and numbers, as transformers 4 (rope_scaling) or 5 (rope_parameters) has them."""
+    key = "rope_parameters" if settings.has("rope_parameters") else "rope_scaling"
+    rope = settings.inside(key)
+    theta = rope.real("rope_theta", settings.real("rope_theta", 10000.0))
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if rope.real("partial_rotary_factor", 1.0) != 1:
+        raise LlamaError(f"{settings.path}: partial_rotary_factor other than 1 is not supported")
+    if kind in ("default", "none"):
+        return theta, Rope.PLAIN, ()
+    if kind == "linear":
+        return theta, Rope.LINEAR, (rope.real("factor"),)
+    if kind == "llama3":
+        original = rope.count(
+            "original_max_position_embeddings", settings.count("max_position_embeddings", 2048)
+        )
+        numbers = [rope.real(k) for k in ("factor", "low_freq_factor", "high_freq_factor")]
+        return theta, Rope.LLAMA3, (*numbers, float(original))
+    raise LlamaError(f"{settings.path}: rope type {kind[:40]} is not supported")
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of every weight file, under its own name."""
+    files, named = _files(path)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        reader = safetensors_file if file.suffix == ".safetensors" else torch_file
+        found = reader.read(file)
+        for name in found.keys() & tensors.keys():
+            raise LlamaError(f"{file}: {name[:80]} stands in two files")
+        for name, at in named.items():
+            if at == file.name and name not in found:
+                raise LlamaError(f"{file}: {name[:80]} is missing, the index says it is here")
+        tensors |= found
+    return tensors
+
+
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the index's tensor -> file name where there is one."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{stem}.index.json"
+        if not index.is_file():
+            continue
+        named = Settings.read(index).inside("weight_map").values
+        for name, file in named.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise LlamaError(f"{index}: {name[:80]}: expected a file's name, found {file!r}")
+        return [path / file for file in sorted(set(named.values()))], named
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
+        files = sorted(path.glob(pattern))
+        if files:
+            return files, {}
+    raise LlamaError(f"{path}: expected *.safetensors or pytorch_model*.bin beside config.json")

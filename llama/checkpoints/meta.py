@@ -1,0 +1,189 @@
+"""Meta's own form: params.json, consolidated.NN.pth in 1 to 8 shards, tokenizer.model.
+
+The shards come from model-parallel training: each matrix is cut along its outputs (rows) or its
+inputs (columns), norms are copied into all. The embedding is cut by columns in Llama 1 and 2 and
+by rows in Llama 3; shapes tell. What params.json does not say (context length, whether it is a
+chat model, which factor of rope scaling) is inferred and said to be so.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llama.checkpoints import tokenizer_file, torch_file
+from llama.checkpoints.checkpoint import Checkpoint, Options, Tokenizer, show
+from llama.checkpoints.family import sounds_like_chat
+from llama.checkpoints.mapped import ColumnShards, RowShards, Tensor
+from llama.checkpoints.settings import Settings
+from llama.errors import LlamaError
+from llama.format import Config, Rope, TokenizerKind, Value
+
+BY_ROWS = re.compile(r"(layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])|output)\.weight")
+BY_COLUMNS = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight")
+# Buffers that old files carry along with the weights.
+BUFFERS = re.compile(r"(.*\.)?rope\.freqs|layers\.\d+\.attention\.mask|freqs_cis|mask")
+REFUSED = ("moe", "moe_args", "quantization_args", "quantization", "lora_args", "sliding_window",
+           "vision_chunk_size", "vision_args", "attention_bias", "softcap")  # fmt: skip
+
+
+def load(path: Path, options: Options) -> Checkpoint:
+    """Reads params.json and the shards' directories; weights stay where they are."""
+    params = Settings.read(path / "params.json")
+    for key in REFUSED:
+        if params.values.get(key):
+            raise LlamaError(f"{params.path}: {key} is not supported")
+    notes: list[str] = []
+    tensors = _merge(path, _shards(path), params.count("dim"))
+    tokenizer = tokenizer_file.beside(path, ("tokenizer.model",), options, notes)
+    config = _config(params, tensors, tokenizer, options, notes)
+    meta: dict[str, Value] = {
+        "general.name": path.resolve().name,
+        "general.origin": f"Meta {path.resolve().name}",
+    }
+    if options.template is None and sounds_like_chat(path.resolve().name):
+        if not re.search(r"(?i)code.?llama.*70b", path.resolve().name):
+            family = "llama3" if tokenizer.kind == TokenizerKind.TIKTOKEN else "llama2"
+            meta["template.family"] = family
+            notes.append(f"chat template {family}: inferred from the directory's name")
+    return Checkpoint(path, "Meta", config, tensors, tokenizer, meta, notes)
+
+
+def _shards(path: Path) -> list[dict[str, Tensor]]:
+    files = sorted(path.glob("consolidated.*.pth"))
+    names = [file.name for file in files]
+    if len(files) not in (1, 2, 4, 8) or names != [
+        f"consolidated.{n:02}.pth" for n in range(len(files))
+    ]:
+        raise LlamaError(
+            f"{path}: expected 1, 2, 4 or 8 shards consolidated.00.pth and on, found "
+            f"{', '.join(names)[:200] or 'none'}"
+        )
+    shards = []
+    for file in files:
+        tensors = torch_file.read(file)
+        shards.append({name: t for name, t in tensors.items() if not BUFFERS.fullmatch(name)})
+        for name in shards[0].keys() ^ shards[-1].keys():
+            raise LlamaError(f"{file}: {name} is not in every shard")
+    return shards
+
+
+def _merge(path: Path, shards: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in shards[0]:
+        parts = [shard[name] for shard in shards]
+        first = parts[0]
+        for n, part in enumerate(parts):
+            if part.shape != first.shape or part.dtype != first.dtype:
+                raise LlamaError(
+                    f"{path}: {name}: shard 0 is {first.dtype} {show(first.shape)}, "
+                    f"shard {n} {part.dtype} {show(part.shape)}"
+                )
+        if len(parts) == 1 or len(first.shape) != 2:
+            tensors[name] = first
+        elif BY_ROWS.fullmatch(name):
+            tensors[name] = RowShards(parts)
+        elif BY_COLUMNS.fullmatch(name):
+            tensors[name] = ColumnShards(parts)
+        elif name == "tok_embeddings.weight":
+            whole = first.shape[1] == dim
+            tensors[name] = RowShards(parts) if whole else ColumnShards(parts)
+        else:
+            tensors[name] = first  # not known: Checkpoint.check names it
+    return tensors
+
+
+def _config(
+    params: Settings,
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    options: Options,
+    notes: list[str],
+) -> Config:
+    dim, n_heads = params.count("dim"), params.count("n_heads")
+    theta = params.real("rope_theta", 10000.0)
+    scaling, numbers = _rope(params, notes)
+    small = scaling == Rope.LLAMA3 and numbers[0] == 32
+    return Config(
+        vocab_size=_vocab_size(params, tensors),
+        dim=dim,
+        hidden_dim=_hidden_dim(params, tensors, dim),
+        head_dim=params.count("head_dim", dim // max(n_heads, 1)),
+        n_layers=params.count("n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=params.count("n_kv_heads", n_heads),
+        max_seq_len=_max_seq_len(params, theta, scaling, options, notes),
+        norm_eps=params.real("norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rope_numbers=numbers,
+        tied=small and "output.weight" not in tensors,  # Llama 3.2 1B and 3B
+        bos_id=tokenizer.bos_id,
+        eos_ids=tokenizer.eos_ids,
+    )
+
+
+def _vocab_size(params: Settings, tensors: dict[str, Tensor]) -> int:
+    if "tok_embeddings.weight" not in tensors:
+        raise LlamaError(f"{params.path.parent}: tok_embeddings.weight is missing")
+    found = tensors["tok_embeddings.weight"].shape[0]
+    said = params.count("vocab_size", -1)
+    if said not in (-1, found):
+        raise LlamaError(
+            f"{params.path}: vocab_size is {said}, tok_embeddings.weight has {found} rows"
+        )
+    return found
+
+
+def _hidden_dim(params: Settings, tensors: dict[str, Tensor], dim: int) -> int:
+    """The rows of w1, which must be what Meta's rule makes of dim."""
+    name = "layers.0.feed_forward.w1.weight"
+    if name not in tensors:
+        raise LlamaError(f"{params.path.parent}: {name} is missing")
+    found = tensors[name].shape[0]
+    multiple = params.count("multiple_of", 0)
+    if multiple > 0:
+        hidden = int(2 * 4 * dim / 3)
+        hidden = int(params.real("ffn_dim_multiplier", 1.0) * hidden)
+        hidden = -(-hidden // multiple) * multiple
+        if hidden != found:
+            raise LlamaError(
+                f"{params.path}: multiple_of and ffn_dim_multiplier make hidden_dim {hidden}, "
+                f"{name} has {found} rows"
+            )
+    return found
+
+
+def _rope(params: Settings, notes: list[str]) -> tuple[Rope, tuple[float, ...]]:
+    if not params.flag("use_scaled_rope", False):
+        return Rope.PLAIN, ()
+    if params.has("rope_scaling_factor"):
+        factor = params.real("rope_scaling_factor")
+    else:
+        shape = (params.count("dim"), params.count("n_layers"))
+        factor = 32.0 if shape in ((2048, 16), (3072, 28)) else 8.0  # 3.2's 1B and 3B
+        notes.append(f"rope scaling factor {factor:g}: inferred from the shape")
+    return Rope.LLAMA3, (factor, 1.0, params.real("high_freq_factor", 4.0), 8192.0)
+
+
+def _max_seq_len(
+    params: Settings, theta: float, scaling: Rope, options: Options, notes: list[str]
+) -> int:
+    if options.max_seq_len is not None:
+        return options.max_seq_len
+    if params.has("max_seq_len"):
+        return params.count("max_seq_len")
+    name = params.path.resolve().parent.name
+    first = re.fullmatch(r"(?i)(llama-?1?-)?(7|13|30|33|65)b", name)
+    if scaling == Rope.LLAMA3:
+        length = 131072
+    elif theta >= 1e6:
+        length = 16384  # Code Llama
+    elif theta > 1e5:
+        length = 8192  # Llama 3
+    elif first or (params.real("norm_eps") < 5e-6 and not re.search(r"(?i)llama-?2", name)):
+        length = 2048  # Llama 1
+    else:
+        length = 4096
+    notes.append(f"context {length}: inferred (--max-seq-len sets another)")
+    return length

@@ -1,0 +1,220 @@
+"""What run.py and chat.py share: their flags, opening the model, and how a program ends.
+
+Only text goes to stdout; prompts, notes and the speed line go to stderr. Whatever is wrong is
+one line behind the program's name and exit status 1; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llama.errors import LlamaError
+from llama.sampling import SamplingParams, params_from
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_BIN = ROOT / "bin" / "chat-llama.bin"
+
+# --type: what each method sets; other flags come on top
+METHODS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"top_k": 0, "top_p": 1.0},
+    "top_k": {"top_k": 40, "top_p": 1.0},
+    "top_p": {"top_k": 0, "top_p": 0.9},
+}
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags may be written with dashes or underscores; a wrong one is one line and status 1."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        for at, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                words[at] = known.get(name.replace("_", "-"), name) + equals + value
+        return super().parse_known_args(words, namespace)
+
+
+def add_sampling_flags(parser: Parser, max_tokens: int) -> None:
+    group = parser.add_argument_group("how tokens are chosen")
+    group.add_argument(
+        "--type", choices=list(METHODS), default="top_p",
+        help="the method: greedy takes the likeliest token; the others draw, at --temperature, "
+        "from all tokens, from the top_k (40) likeliest, or from the likeliest that together "
+        "have probability top_p (0.9) (default: top_p)",
+    )  # fmt: skip
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 0.6)")
+    group.add_argument("--top_k", type=int, metavar="K", help="0 keeps all")
+    group.add_argument("--top_p", type=float, metavar="P", help="1 keeps all")
+    group.add_argument(
+        "--min_p", type=float, metavar="P",
+        help="drop tokens below P times the likeliest one's probability (default: 0, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--repetition_penalty", type=float, metavar="R",
+        help="above 1 makes tokens that occurred less likely (default: 1, off)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, help="the same seed gives the same text")
+    group.add_argument(
+        "--max_tokens", type=int, default=max_tokens, metavar="N",
+        help=f"the longest completion (default: {max_tokens})",
+    )  # fmt: skip
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be given several times",
+    )  # fmt: skip
+
+
+def add_model_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("the model and the machine")
+    group.add_argument(
+        "--bin", type=Path, metavar="FILE",
+        help="the model file, from export.py or quantize.py (default: bin/chat-llama.bin)",
+    )  # fmt: skip
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
+    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    group.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="context length (default: the model's own)"
+    )
+    group.add_argument("--kv", metavar="KIND", help="how to keep keys and values: f32 or f16")
+    group.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best there are)")
+    group.add_argument(
+        "--show-prompt", action="store_true", help="print every token of the prompt to stderr"
+    )
+
+
+def params_of(args: argparse.Namespace) -> SamplingParams:
+    """The sampling flags as SamplingParams; a value that cannot be is a LlamaError."""
+    knobs = dict(METHODS[args.type])
+    given = {
+        name: value
+        for name in (*DRAWING, "repetition_penalty", "max_tokens")
+        if (value := getattr(args, name)) is not None
+    }
+    params_from(given)  # refuses a bad value even where the method overrules it
+    if args.type == "greedy":
+        idle = [name for name in DRAWING if name != "seed" and given.pop(name, 0)]
+        if idle:
+            say(f"note: --type greedy makes --{', --'.join(idle)} idle")
+    return params_from({**knobs, **given, "stop": tuple(args.stop)})
+
+
+def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
+    """The Llama that the flags name; the default model is fetched if there is none yet."""
+    path = args.bin
+    if path is None:
+        path = DEFAULT_BIN
+        if not path.exists():
+            _make_default(path)
+    from llama.generate import Llama
+
+    return Llama(
+        path, threads=args.threads, device=args.device, max_seq_len=args.max_seq_len, kv=args.kv,
+        isa=args.isa, template=template,
+    )  # fmt: skip
+
+
+def _make_default(path: Path) -> None:
+    from llama import checkpoints
+    from llama.checkpoints import default
+
+    found = checkpoints.find(path.parent)
+    if found is not None:
+        raise LlamaError(f"{path} is not there yet; python3 export.py makes it from {found.name}")
+    default.ensure(path)
+
+
+def say(line: str) -> None:
+    """A line for the person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show_prompt(llm: Any, ids: Sequence[int]) -> None:
+    """Every token of a prompt on stderr, and what is odd about it."""
+    tokenizer = llm.tokenizer
+    width = len(str(llm.config.vocab_size))
+    say(f"prompt: {len(ids)} tokens")
+    for token in ids:
+        mark = "  control" if tokenizer.is_control(token) else ""
+        say(f"{token:>{width + 2}}  {tokenizer.piece(token)!r}{mark}")
+    if len(ids) > 1 and tokenizer.bos_id is not None and ids[0] == ids[1] == tokenizer.bos_id:
+        say("warning: the prompt begins with two begin tokens")
+    if not tokenizer.eos_ids:
+        say("warning: the model names no end token; only --max_tokens and --stop end its text")
+
+
+def speed_line(llm: Any) -> str:
+    """What was computed since the model was opened, and how fast."""
+    from llama.machine import bandwidth
+
+    c, info = llm.counters, llm.info()
+    parts = []
+    if c.prompt_tokens:
+        rate = c.prompt_tokens / max(c.prompt_seconds, 1e-9)
+        parts.append(f"prompt {c.prompt_tokens} tok at {rate:.1f} tok/s")
+    if c.decode_tokens:
+        rate = c.decode_tokens / max(c.decode_seconds, 1e-9)
+        parts.append(f"decode {c.decode_tokens} tok at {rate:.1f} tok/s")
+        # a step reads the weights once, whatever the batch, and the cache of each sequence
+        read = c.decode_steps * step_bytes(llm.config)
+        read += c.decode_positions * info.kv_bytes_per_position
+        speed = read / max(c.decode_seconds, 1e-9)
+        part = f"{speed / 1e9:.1f} GB/s"
+        if info.device == "cpu":
+            limit = bandwidth(info.threads)
+            part += f" = {100 * speed / limit:.0f}% of this machine's {limit / 1e9:.1f} GB/s"
+        parts.append(part)
+    return ", ".join(parts) or "nothing was computed"
+
+
+def step_bytes(config: Any) -> float:
+    """The weights that decoding one token reads: all, but one row only of an embedding table
+    that is not the output matrix as well."""
+    if config.tied:
+        return float(config.weight_bytes)
+    bits = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8.5, "q4": 4.5}.get(config.dtype, 16)
+    return float(config.weight_bytes) - config.vocab_size * config.dim * bits / 8
+
+
+def text_of(argument: str) -> str:
+    """A command line's word as text; bytes that are no UTF-8 become U+FFFD."""
+    return os.fsencode(argument).decode("utf-8", "replace")
+
+
+def run(name: str, main: Callable[[], int]) -> int:
+    """MAIN's status, with every way to fail turned into a line and a status."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except LlamaError as error:
+        say(f"{name}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader has seen enough; what is still buffered must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        say(f"{name}: {error.filename or 'standard output'}: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1

@@ -1,0 +1,132 @@
+"""run.py's work: one prompt streamed to stdout, or a file of prompts completed together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
+from llama.completion import Result
+from llama.errors import LlamaError
+from llama.generate import Llama, Prompt
+from llama.sampling import SamplingParams, params_from
+from llama.tokenizer import NoTokenizer
+
+
+def complete(args: Namespace) -> int:
+    """Does what the flags say; the exit status."""
+    params = params_of(args)
+    if args.prompts is not None:
+        prompts, each = read_prompts(args.prompts, params)
+        with open_model(args) as llm:
+            _many(llm, prompts, each, args)
+        return 0
+    prompt: Prompt
+    if args.ids is not None:
+        prompt = parse_ids(args.ids)
+    elif args.prompt is not None:
+        prompt = text_of(args.prompt)
+    else:
+        # a pipe's text ends with the newline that ended its last line
+        prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+    with open_model(args) as llm:
+        _one(llm, prompt, params, args)
+    return 0
+
+
+def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) -> None:
+    stream = llm.stream(prompt, params)
+    if args.show_prompt:
+        show_prompt(llm, llm.prompt_ids(prompt))
+    out = sys.stdout
+    try:
+        if args.echo:
+            out.write(prompt if isinstance(prompt, str) else _text(llm, list(prompt)))
+            out.flush()
+        for piece in stream:
+            out.write(piece)
+            out.flush()
+        if isinstance(llm.tokenizer, NoTokenizer) and stream.result is not None:
+            out.write(_text(llm, stream.result.token_ids))
+    finally:
+        out.write("\n")
+        out.flush()
+    say(speed_line(llm))
+
+
+def _many(
+    llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace
+) -> None:
+    if args.show_prompt:
+        for prompt in prompts:
+            show_prompt(llm, llm.prompt_ids(prompt))
+    done: dict[int, Result] = {}
+    following = 0
+    for index, result in llm.each(prompts, each):
+        done[index] = result
+        while following in done:
+            line = _line(llm, prompts[following], done.pop(following), args.echo)
+            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+            following += 1
+    say(speed_line(llm))
+
+
+def _line(llm: Llama, prompt: Prompt, result: Result, echo: bool) -> dict[str, Any]:
+    line: dict[str, Any] = {"prompt": prompt} if echo else {}
+    if isinstance(llm.tokenizer, NoTokenizer):
+        line["token_ids"] = result.token_ids
+    else:
+        line["text"] = result.text
+    return line | {
+        "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": len(result.token_ids), "seed": result.seed,
+    }  # fmt: skip
+
+
+def _text(llm: Llama, ids: list[int]) -> str:
+    if isinstance(llm.tokenizer, NoTokenizer):
+        return " ".join(map(str, ids)) + " "
+    return llm.tokenizer.decode(ids)
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids, separated by commas or spaces."""
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise LlamaError(f"--ids must be whole numbers, found {text!r}") from None
+
+
+def read_prompts(
+    path: Path, params: SamplingParams
+) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompts of a JSON Lines file and their parameters: PARAMS and what a line changes."""
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise LlamaError(f"{path}: cannot read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LlamaError(f"{path}: byte {error.start} is not UTF-8") from None
+    params = params.seeded()  # one seed for the whole file, as for a list of prompts
+    prompts: list[Prompt] = []
+    each: list[SamplingParams] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            knobs = dict(entry) if isinstance(entry, dict) else {"prompt": entry}
+            prompt = knobs.pop("prompt", None)
+            if not isinstance(prompt, (str, list)):
+                raise LlamaError('expected "text" or {"prompt": "text", ...}')
+            each.append(params_from(knobs, params))
+            prompts.append(prompt)
+        except ValueError as error:
+            raise LlamaError(f"{path} line {number}: no JSON: {error}") from None
+        except LlamaError as error:
+            raise LlamaError(f"{path} line {number}: {error}") from None
+    return prompts, each

@@ -1,0 +1,145 @@
+"""One completion under way: its tokens, the text they have become so far, and why it ended.
+
+Text leaves a Job only when it is certain: whole characters, and nothing that could still turn
+out to be the beginning of a stop string.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llama.errors import LlamaError
+from llama.sampling import SamplingParams
+from llama.tokenizer import NoTokenizer, StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from llama.batch import Slot
+
+FinishReason = Literal["length", "stop", "eos", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished completion."""
+
+    text: str  # without control tokens and without the stop string
+    token_ids: list[int]  # as sampled, the end token included
+    # "length": max_tokens or the context's end; "stop": a stop string; "eos": the model ended;
+    # "cancelled": Stream.cancel()
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, taken from earlier work and not computed again
+    prompt_seconds: float  # until the first token
+    decode_seconds: float  # from the first token to the last
+    seed: int  # the same seed gives the same text
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, holding back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str, last: bool = False) -> str:
+        if self.hit:
+            return ""
+        text = self._held + text
+        places = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if places:
+            self.hit, self._held = True, ""
+            return text[: min(places)]
+        keep = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+class Job:
+    """A prompt's ids (n_prompt) and the completion that grows behind them in the same list."""
+
+    def __init__(
+        self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
+        stop_ids: Collection[int], max_seq_len: int, fresh: bool, completion: int = 0,
+    ) -> None:  # fmt: skip
+        """FRESH: the completion begins a text, so its first word loses its space; else it
+        continues the prompt's. COMPLETION is the number that keys the random numbers."""
+        if not prompt:
+            raise LlamaError("the prompt is empty and this model has no begin token")
+        if len(prompt) > max_seq_len:
+            raise LlamaError(
+                f"the prompt has {len(prompt)} tokens and the context holds {max_seq_len}"
+            )
+        if params.stop and isinstance(tokenizer, NoTokenizer):
+            raise LlamaError("stop strings need a tokenizer and this model file holds none")
+        self.ids = [tokenizer.check(token) for token in prompt]
+        self.n_prompt = len(prompt)
+        self.params = params.seeded()
+        self.completion = completion
+        self.slot: Slot | None = None
+        self.cancelled = False
+        self.text = ""
+        self.result: Result | None = None
+        self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
+        self._stop_ids = stop_ids
+        self._decoder = StreamDecoder(tokenizer, fresh)
+        self._stops = StopStrings(params.stop)
+        self._distinct = set(self.ids)
+        self._seen = list(self._distinct) if params.repetition_penalty != 1 else []
+        self._cached = 0
+        self._began = self._first = self._last = 0.0
+
+    def start(self, cached: int) -> None:
+        """The prompt's computation begins; its first CACHED tokens are known."""
+        self._cached = cached
+        self._began = self._first = self._last = time.perf_counter()
+
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return self._limit - (len(self.ids) - self.n_prompt)
+
+    def seen(self) -> list[int]:
+        """Each token so far, once, for the repetition penalty; empty where that is off."""
+        return self._seen
+
+    def push(self, token: int) -> str:
+        """Takes the next sampled token; returns the text that is now certain."""
+        self._last = time.perf_counter()
+        if len(self.ids) == self.n_prompt:
+            self._first = self._last
+        self.ids.append(token)
+        if self.params.repetition_penalty != 1 and token not in self._distinct:
+            self._distinct.add(token)
+            self._seen.append(token)
+        if token in self._stop_ids:
+            return self.end("eos")
+        text = self._stops.feed(self._decoder.feed(token))
+        self.text += text
+        if self._stops.hit:
+            return text + self.end("stop")
+        return text + self.end("length") if self.room() < 1 else text
+
+    def end(self, reason: FinishReason) -> str:
+        """Ends the completion; returns the text that was held back."""
+        text = self._stops.feed(self._decoder.finish(), last=True)
+        self.text += text
+        assert self.params.seed is not None
+        self.result = Result(
+            text=self.text, token_ids=self.ids[self.n_prompt :],
+            finish_reason="stop" if self._stops.hit else reason,
+            prompt_tokens=self.n_prompt, cached_tokens=self._cached,
+            prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
+            seed=self.params.seed,
+        )  # fmt: skip
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest beginning of STOP, not all of it, that TEXT ends with."""
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

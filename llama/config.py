@@ -1,0 +1,124 @@
+"""The model's shape under Meta's names, and the tensors that a shape requires.
+
+The limits are those of docs/format.md, checked alike when a file is written and when it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from llama.errors import LlamaError
+
+MAX_EOS = 8
+
+
+class Rope(IntEnum):
+    """How rotary frequencies are scaled; Config.rope_numbers holds the numbers."""
+
+    PLAIN = 0
+    LINEAR = 1
+    LLAMA3 = 2
+
+
+ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The header's fields; docs/format.md says what each means."""
+
+    vocab_size: int
+    dim: int
+    hidden_dim: int
+    head_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    max_seq_len: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Rope = Rope.PLAIN
+    rope_numbers: tuple[float, ...] = ()  # linear: factor; llama3: factor, low, high, original
+    tied: bool = False
+    bos_id: int = -1
+    eos_ids: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises LlamaError for a shape that no file may hold."""
+        limits = {
+            "vocab_size": 2**24, "dim": 2**24, "hidden_dim": 2**24, "max_seq_len": 2**24,
+            "head_dim": 2**16, "n_layers": 4096, "n_heads": 2**16, "n_kv_heads": 2**16,
+        }  # fmt: skip
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not 1 <= value <= limit:
+                raise LlamaError(f"config: {name} must be 1 to {limit}, found {value}")
+        if self.head_dim % 2:
+            raise LlamaError(f"config: head_dim must be even, found {self.head_dim}")
+        if self.n_heads % self.n_kv_heads:
+            raise LlamaError(
+                f"config: n_kv_heads must divide n_heads, found {self.n_kv_heads} "
+                f"and {self.n_heads}"
+            )
+        for name in ("norm_eps", "rope_theta"):
+            with np.errstate(over="ignore"):
+                value = float(np.float32(getattr(self, name)))
+            if not (math.isfinite(value) and value > 0):
+                raise LlamaError(f"config: {name} must be finite and above zero, found {value}")
+        self._check_rope()
+        self._check_ids()
+
+    def _check_rope(self) -> None:
+        count = ROPE_COUNTS[self.rope_scaling]
+        numbers = self.rope_numbers
+        if len(numbers) != count or not all(math.isfinite(n) and n > 0 for n in numbers):
+            raise LlamaError(
+                f"config: rope scaling {self.rope_scaling.name.lower()} takes {count} numbers "
+                f"above zero, found {list(numbers)}"
+            )
+        if self.rope_scaling == Rope.LLAMA3 and numbers[2] <= numbers[1]:
+            raise LlamaError(
+                f"config: llama3 rope scaling needs low_freq_factor below high_freq_factor, "
+                f"found {numbers[1]} and {numbers[2]}"
+            )
+
+    def _check_ids(self) -> None:
+        if len(self.eos_ids) > MAX_EOS:
+            raise LlamaError(f"config: at most {MAX_EOS} eos ids, found {len(self.eos_ids)}")
+        if self.bos_id != -1 and not 0 <= self.bos_id < self.vocab_size:
+            raise LlamaError(
+                f"config: bos id must be below vocab_size {self.vocab_size}, found {self.bos_id}"
+            )
+        for token in self.eos_ids:
+            if not 0 <= token < self.vocab_size:
+                raise LlamaError(
+                    f"config: eos id must be below vocab_size {self.vocab_size}, found {token}"
+                )
+
+
+def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor that CONFIG requires, in file order: name -> (length,) or (rows, columns)."""
+    dim, hidden = config.dim, config.hidden_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for n in range(config.n_layers):
+        layer = f"layers.{n}."
+        shapes |= {
+            layer + "attention_norm.weight": (dim,),
+            layer + "attention.wq.weight": (q, dim),
+            layer + "attention.wk.weight": (kv, dim),
+            layer + "attention.wv.weight": (kv, dim),
+            layer + "attention.wo.weight": (dim, q),
+            layer + "ffn_norm.weight": (dim,),
+            layer + "feed_forward.w1.weight": (hidden, dim),
+            layer + "feed_forward.w3.weight": (hidden, dim),
+            layer + "feed_forward.w2.weight": (dim, hidden),
+        }
+    shapes["norm.weight"] = (dim,)
+    if not config.tied:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes

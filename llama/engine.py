@@ -1,0 +1,359 @@
+"""An open .bin and its sequences: numbers in, numbers out.
+
+The only file that touches the C library. It owns the handles, turns arrays into pointers and
+back, and refuses to be used after close(). lib/llama.h is the manual of what each call does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llama._lib import check, ffi, lib
+from llama.config import Config as Shape
+from llama.config import Rope
+from llama.errors import LlamaError
+from llama.quant import Kind
+from llama.sampling import SamplingParams
+
+TOKENIZERS = {0: "none", 1: "sentencepiece", 2: "json", 3: "tiktoken"}
+MAX_SEQUENCES: int = lib.LLAMA_MAX_SEQUENCES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Shape):
+    """The model's shape, and how it is stored."""
+
+    dtype: str  # the kind that holds most of the weights: "f32", "f16", "bf16", "q8", "q4"
+    file_bytes: int
+    weight_bytes: int  # tensor data, padding included
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor's record; shape is (rows, columns), or (length,) for a vector."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What storing weights in another kind lost, as sums over the true weights."""
+
+    sum_squares: float
+    sum_squared_error: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """Where a session runs and what it holds; sizes in bytes."""
+
+    device: str
+    isa: str
+    threads: int
+    kv_kind: str
+    max_seq_len: int
+    page_positions: int
+    kv_bytes: int
+    scratch_bytes: int
+    kv_bytes_per_position: int
+
+
+def isa_names() -> list[str]:
+    """The CPU kernel sets that this build and CPU can run, best first."""
+    names = []
+    while (name := lib.llama_isa_name(len(names))) != ffi.NULL:
+        names.append(ffi.string(name).decode())
+    return names
+
+
+def measure_bandwidth(threads: int | None = None) -> float:
+    """This machine's read bandwidth in bytes a second; takes a fraction of a second."""
+    rate = ffi.new("double *")
+    check(lib.llama_measure_bandwidth(threads or 0, 0, rate))
+    return float(rate[0])
+
+
+class Model:
+    """An open .bin: its shape, tensors and texts, without a device. A context manager."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        handle = ffi.new("llama_model **")
+        check(lib.llama_open(os.fsencode(path), handle))
+        self._handle = handle[0]
+
+    @property
+    def handle(self) -> Any:
+        if self._handle is None:
+            raise LlamaError(f"{self.path}: used after close()")
+        return self._handle
+
+    def close(self) -> None:
+        if self._handle is not None:
+            lib.llama_close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    @property
+    def config(self) -> Config:
+        c = ffi.new("llama_config *")
+        lib.llama_get_config(self.handle, c)
+        counts = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4}
+        scaling = Rope(c.rope_scaling)
+        return Config(
+            vocab_size=c.vocab_size, dim=c.dim, hidden_dim=c.hidden_dim, head_dim=c.head_dim,
+            n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
+            max_seq_len=c.max_seq_len, norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+            rope_scaling=scaling, rope_numbers=tuple(c.rope_numbers)[: counts[scaling]],
+            tied=bool(c.tied), bos_id=c.bos_id if c.bos_id >= 0 else None, eos_ids=tuple(c.eos_ids)[: c.n_eos],
+            dtype=Kind(c.kind).label, file_bytes=c.file_bytes, weight_bytes=c.weight_bytes,
+        )  # fmt: skip
+
+    @property
+    def meta(self) -> dict[str, int | float | str | bytes]:
+        """The file's key-value section."""
+        entries: dict[str, int | float | str | bytes] = {}
+        m = ffi.new("llama_meta *")
+        for i in range(lib.llama_count_meta(self.handle)):
+            check(lib.llama_get_meta(self.handle, i, m))
+            key = ffi.string(m.key).decode("ascii")
+            if m.type == lib.LLAMA_META_INT:
+                entries[key] = int(m.integer)
+            elif m.type == lib.LLAMA_META_FLOAT:
+                entries[key] = float(m.number)
+            else:
+                data = bytes(ffi.buffer(m.bytes, m.n_bytes))
+                entries[key] = (
+                    data.decode("utf-8", "replace") if m.type == lib.LLAMA_META_TEXT else data
+                )
+        return entries
+
+    @property
+    def tokenizer(self) -> tuple[str, bytes]:
+        """("none" | "sentencepiece" | "json" | "tiktoken", its file's bytes)"""
+        data, n = ffi.new("const uint8_t **"), ffi.new("size_t *")
+        kind = lib.llama_get_tokenizer(self.handle, data, n)
+        return TOKENIZERS[kind], bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        t, found = ffi.new("llama_tensor *"), []
+        for i in range(lib.llama_count_tensors(self.handle)):
+            check(lib.llama_get_tensor(self.handle, i, t))
+            shape = tuple(int(n) for n in t.shape)[: t.n_dims]
+            name = ffi.string(t.name).decode("ascii")
+            found.append(Tensor(name, Kind(t.kind), shape, int(t.bytes), int(t.crc32)))
+        return found
+
+    def verify(self, index: int) -> None:
+        """Reads tensor INDEX whole; LlamaError if its checksum is not the recorded one."""
+        check(lib.llama_verify(self.handle, index))
+
+    def rows(self, index: int, first: int = 0, n: int | None = None) -> NDArray[np.float32]:
+        """Rows [first, first + n) of tensor INDEX as float32, (n, columns) or (n,)."""
+        shape = self.tensors[index].shape
+        out = np.empty((shape[0] - first if n is None else n, *shape[1:]), np.float32)
+        check(lib.llama_read_rows(self.handle, index, first, len(out),
+                                  ffi.from_buffer("float[]", out)))  # fmt: skip
+        return out
+
+    def quantize(
+        self, index: int, first: int, n: int, kind: Kind, n_bytes: int, threads: int | None = None
+    ) -> tuple[bytearray, Loss]:
+        """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks."""
+        out, loss = bytearray(n_bytes), ffi.new("llama_loss *")
+        check(lib.llama_quantize(self.handle, index, first, n, int(kind), threads or 0,
+                                 ffi.from_buffer(out, require_writable=True), n_bytes,
+                                 loss))  # fmt: skip
+        return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
+
+
+def _int32(values: ArrayLike) -> NDArray[np.int32]:
+    """Token ids and positions as the library takes them; what does not fit becomes -1."""
+    wide = np.asarray(values, np.int64).reshape(-1)
+    return np.where((wide < 0) | (wide > 2**31 - 1), -1, wide).astype(np.int32)
+
+
+def _ints(array: NDArray[np.int32]) -> Any:
+    return ffi.from_buffer("int32_t[]", array)
+
+
+class Engine:
+    """A model on a device, with its KV cache. A context manager; close() frees it all.
+
+    THREADS None: one a core. KV "f32", "f16" or None: f32 for an f32 file, f16 otherwise.
+    MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
+    """
+
+    MAX_SEQUENCES = MAX_SEQUENCES
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        max_seq_len: int | None = None,
+        kv: str | None = None,
+        isa: str | None = None,
+    ) -> None:
+        if kv not in (None, "f32", "f16"):
+            raise LlamaError(f"kv is {kv!r}, expected 'f32' or 'f16'")
+        for name, value in (("threads", threads), ("max_seq_len", max_seq_len)):
+            if value is not None and not 1 <= value <= 1 << 24:
+                raise LlamaError(f"{name} is {value}, expected 1 or more")
+        self._session: Any = None
+        self.model = Model(path)
+        options = ffi.new("llama_session_options *")
+        names = [ffi.new("char[]", (text or "").encode()) for text in (device, isa)]
+        options.device = names[0]
+        options.isa = names[1] if isa else ffi.NULL
+        options.threads = threads or 0
+        options.kv_kind = -1 if kv is None else int(Kind[kv.upper()])
+        options.max_seq_len = max_seq_len or 0
+        session = ffi.new("llama_session **")
+        try:
+            check(lib.llama_session_open(self.model.handle, options, session))
+        except LlamaError:
+            self.model.close()
+            raise
+        self._session = session[0]
+        self.config = self.model.config
+        self.meta = self.model.meta
+        self.tokenizer = self.model.tokenizer
+        self.max_seq_len: int = self.info().max_seq_len
+
+    @property
+    def handle(self) -> Any:
+        if self._session is None:
+            raise LlamaError(f"{self.model.path}: used after close()")
+        return self._session
+
+    def close(self) -> None:
+        if self._session is not None:
+            lib.llama_session_close(self._session)
+            self._session = None
+            self.model.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_session", None) is not None:
+            self.close()
+
+    def info(self) -> SessionInfo:
+        i = ffi.new("llama_session_info *")
+        check(lib.llama_get_session_info(self.handle, i))
+        return SessionInfo(
+            device=ffi.string(i.device).decode(), isa=ffi.string(i.isa).decode(),
+            threads=i.threads, kv_kind=Kind(i.kv_kind).label, max_seq_len=i.max_seq_len,
+            page_positions=i.page_positions, kv_bytes=i.kv_bytes, scratch_bytes=i.scratch_bytes,
+            kv_bytes_per_position=i.kv_bytes_per_position,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        tokens: ArrayLike,
+        sequences: ArrayLike,
+        positions: ArrayLike,
+        want: Sequence[bool] | NDArray[np.bool_] | None = None,
+        keep: bool = False,
+    ) -> NDArray[np.float32] | None:
+        """Computes rows of (token, sequence, position); see llama_batch in lib/llama.h.
+
+        Returns the logits of the rows that WANT them, (n wanted, vocab_size); or, with KEEP,
+        None, and the session holds them for sample().
+        """
+        t, s, p = _int32(tokens), _int32(sequences), _int32(positions)
+        w = np.zeros(len(t), np.uint8) if want is None else np.asarray(want, np.uint8)
+        if not len(t) == len(s) == len(p) == len(w):
+            raise LlamaError(
+                f"forward: {len(t)} tokens, {len(s)} sequences, {len(p)} positions, {len(w)} wants"
+            )
+        batch = ffi.new("llama_batch *")
+        batch.n = len(t)
+        # cffi pointers keep their arrays alive while these names do
+        pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w)
+        batch.tokens, batch.sequences, batch.positions, batch.want = pointers
+        if keep:
+            check(lib.llama_forward(self.handle, batch, ffi.NULL))
+            return None
+        logits = np.empty((int(np.count_nonzero(w)), self.config.vocab_size), np.float32)
+        # one float of room even when no row is wanted: NULL would mean "keep"
+        out = logits if logits.size else np.empty(1, np.float32)
+        check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", out)))
+        return logits
+
+    def length(self, sequence: int) -> int:
+        """Positions that SEQUENCE holds."""
+        n = ffi.new("uint32_t *")
+        check(lib.llama_length(self.handle, sequence, n))
+        return int(n[0])
+
+    def trim(self, sequence: int, length: int) -> None:
+        """Forgets SEQUENCE's positions from LENGTH on."""
+        check(lib.llama_trim(self.handle, sequence, length))
+
+    def fork(self, source: int, target: int, length: int) -> None:
+        """TARGET becomes the first LENGTH positions of SOURCE, sharing memory."""
+        check(lib.llama_fork(self.handle, source, target, length))
+
+    def sample(
+        self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int
+    ) -> int:
+        """A token from kept row ROW; SEEN are the tokens so far, for the penalty."""
+        ids, token = _int32(seen), ffi.new("int32_t *")
+        check(lib.llama_sample(self.handle, row, _sampling(params), _ints(ids), len(ids),
+                               completion, position, token))  # fmt: skip
+        return int(token[0])
+
+
+def _sampling(params: SamplingParams) -> Any:
+    s = ffi.new("llama_sampling *")
+    s.repetition_penalty = params.repetition_penalty
+    s.temperature = params.temperature
+    s.top_k = min(params.top_k, 2**31 - 1)
+    s.top_p = params.top_p
+    s.min_p = params.min_p
+    s.seed = (params.seed or 0) % 2**64
+    return s
+
+
+def sample_logits(
+    logits: ArrayLike,
+    params: SamplingParams,
+    seen: ArrayLike = (),
+    completion: int = 0,
+    position: int = 0,
+) -> int:
+    """A token from LOGITS (vocab_size); the same choice as Engine.sample makes of them."""
+    row = np.ascontiguousarray(logits, np.float32)
+    ids, token = _int32(seen), ffi.new("int32_t *")
+    check(lib.llama_sample_logits(ffi.from_buffer("float[]", row), len(row), _sampling(params),
+                                  _ints(ids), len(ids), completion, position, token))  # fmt: skip
+    return int(token[0])

@@ -1,0 +1,466 @@
+"""The .bin file, byte by byte as docs/format.md draws it: a streaming writer and a plain reader.
+
+Twin of lib/format.c. Every size is known before the first byte is written: the writer takes the
+whole directory up front, checks the free space, then streams the tensors in that order into a
+temporary file beside the target and renames it at the end, so no half file ever has the real
+name. The reader decodes with numpy alone and shares nothing with the C library: it is the
+tests' second opinion and what llama/model.py loads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.config import MAX_EOS, ROPE_COUNTS, Config, Rope, expected_tensors
+from llama.errors import LlamaError
+from llama.quant import TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
+
+__all__ = ["Bin", "Config", "Record", "Required", "Rope", "Tensors", "TokenizerKind", "Writer",
+           "expected_tensors", "read"]  # fmt: skip
+MAGIC = b"LlamaBin"
+VERSION = 1
+ALIGN = 64
+# magic version crc | header_bytes file_bytes | n_tensors n_meta | meta and tokenizer: offset,
+# bytes | tokenizer_kind flags | eight sizes | eps theta | rope | bos n_eos eos | zeros
+HEADER = struct.Struct("<8sII QQ II QQQQ II 8I ff I8f iI8i 60x")
+CRC_OFFSET = 12
+# name | kind n_dims | shape | offset bytes | crc | zeros
+RECORD = struct.Struct("<64s II QQ QQ I 20x")
+# type flags key_bytes zero | value_bytes
+META = struct.Struct("<IIII Q")
+MAX_TENSORS, MAX_META = 65_536, 4_096
+KNOWN_META = {
+    "general.name", "general.license", "general.origin", "template.family", "template.jinja",
+    "tokenizer.special", "quantize.receipt",
+}  # fmt: skip
+
+Value = int | float | str | bytes
+
+
+class TokenizerKind(IntEnum):
+    """What the tokenizer's bytes are."""
+
+    NONE = 0
+    SENTENCEPIECE = 1
+    JSON = 2
+    TIKTOKEN = 3
+
+
+@dataclass(frozen=True)
+class Required:
+    """A meta value that a reader must understand or refuse the file."""
+
+    value: Value
+
+
+@dataclass
+class Record:
+    """One tensor's line in the directory; the writer fills the last three fields."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]  # true: (length,) for a vector, (rows, columns) for a matrix
+    offset: int = 0
+    n_bytes: int = 0
+    crc32: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+    def size(self) -> int:
+        """Bytes of data that kind and shape need, padding included."""
+        if len(self.shape) == 1:
+            return 4 * self.rows
+        return matrix_bytes(self.kind, self.rows, self.columns)
+
+    def pack(self) -> bytes:
+        return RECORD.pack(
+            self.name.encode("ascii"), self.kind, len(self.shape), self.rows, self.columns,
+            self.offset, self.n_bytes, self.crc32,
+        )  # fmt: skip
+
+
+def _align(n: int, to: int = ALIGN) -> int:
+    return -(-n // to) * to
+
+
+def _pack_meta(meta: Mapping[str, Value | Required]) -> bytes:
+    out = bytearray()
+    for key, entry in meta.items():
+        flags, value = (1, entry.value) if isinstance(entry, Required) else (0, entry)
+        name = key.encode("ascii")
+        if not 1 <= len(name) <= 255:
+            raise LlamaError(f"meta key must be 1 to 255 bytes long, found {len(name)}")
+        if isinstance(value, int):
+            kind, data = 1, struct.pack("<q", value)
+        elif isinstance(value, float):
+            kind, data = 2, struct.pack("<d", value)
+        elif isinstance(value, str):
+            kind, data = 3, value.encode("utf-8")
+        else:
+            kind, data = 4, bytes(value)
+        out += META.pack(kind, flags, len(name), 0, len(data)) + name + data
+        out += bytes(-len(out) % 8)
+    return bytes(out)
+
+
+class Writer:
+    """Writes one .bin, tensors streamed in the order of RECORDS; a context manager.
+
+    with Writer(path, config, records, tokenizer=(kind, data), meta={...}) as writer:
+        for name, rows in ...:
+            writer.write(name, rows)      # arrays to tile, or ready-made blocks
+
+    The file gets its name when the block ends well; on any exception, Ctrl-C included, nothing
+    is left. Raises LlamaError where the target exists and FORCE is false, where the disk is too
+    small, and where the config cannot be.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Config,
+        records: Sequence[Record],
+        *,
+        tokenizer: tuple[TokenizerKind, bytes] = (TokenizerKind.NONE, b""),
+        meta: Mapping[str, Value | Required] | None = None,
+        force: bool = False,
+    ) -> None:
+        config.check()
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self.config, self.records, self.tokenizer = config, list(records), tokenizer
+        self.force = force
+        self._n_meta = len(meta or {})
+        self._meta = _pack_meta(meta or {})
+        self._file: BinaryIO | None = None
+        self._next = self._rows = 0  # the current tensor, and its rows already written
+        self._plan()
+
+    def _plan(self) -> None:
+        names = [record.name for record in self.records]
+        if len(names) > MAX_TENSORS or len(set(names)) != len(names):
+            raise LlamaError(f"{self.path}: tensor names must be unique, at most {MAX_TENSORS}")
+        if self._n_meta > MAX_META:
+            raise LlamaError(f"{self.path}: at most {MAX_META} meta entries")
+        self.header_bytes = end = _align(
+            HEADER.size + RECORD.size * len(names) + len(self._meta) + len(self.tokenizer[1])
+        )
+        for record in self.records:
+            if not 1 <= len(record.name.encode("ascii")) <= 63:
+                raise LlamaError(f"{record.name}: a tensor name is 1 to 63 bytes long")
+            if len(record.shape) == 1 and record.kind != Kind.F32:
+                raise LlamaError(f"{record.name}: a vector must be f32, not {record.kind.label}")
+            record.offset, record.n_bytes, record.crc32 = end, record.size(), 0
+            end = _align(end + record.n_bytes)
+        self.file_bytes = end
+
+    def __enter__(self) -> Writer:
+        self._refuse_existing()
+        free = _free_bytes(self.path.parent)
+        if free < self.file_bytes:
+            raise LlamaError(
+                f"{self.path}: needs {self.file_bytes:,} bytes of disk, {free:,} are free"
+            )
+        try:
+            self._file = open(self.temporary, "wb")
+            self._file.seek(self.header_bytes)
+        except OSError as error:
+            raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def write(self, name: str, chunk: Array | bytes) -> None:
+        """Writes the next rows of tensor NAME.
+
+        An array is float32, float16 or uint16 (bf16): (rows, columns) of a float-kind matrix,
+        or a vector's values. Bytes are whole strips of blocks, ready-made. Chunks but a
+        tensor's last must be a multiple of 16 rows.
+        """
+        record = self.records[self._next]
+        if record.name != name:
+            raise ValueError(f"expected rows of {record.name}, got {name}")
+        if isinstance(chunk, bytes | bytearray | memoryview):
+            data: memoryview = memoryview(chunk).cast("B")
+            per_strip = matrix_bytes(record.kind, TILE_ROWS, record.columns)
+            strips, left = divmod(data.nbytes, per_strip)
+            n = min(strips * TILE_ROWS, record.rows - self._rows)
+            whole = left == 0 and strips == -(-n // TILE_ROWS)
+        else:
+            n = len(chunk)
+            matrix = len(record.shape) == 2
+            stored = tile(chunk, record.kind) if matrix else chunk.astype("<f4")
+            data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data
+            whole = chunk.shape[1:] == record.shape[1:]
+        last = self._rows + n == record.rows
+        if not whole or n == 0 or self._rows + n > record.rows or (n % TILE_ROWS and not last):
+            raise ValueError(f"{name}: a chunk of {n} rows after {self._rows} does not fit")
+        record.crc32 = zlib.crc32(data, record.crc32)
+        self._put(data)
+        self._rows += n
+        if last:
+            self._next, self._rows = self._next + 1, 0
+            self._put(bytes(-record.n_bytes % ALIGN))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._abandon()
+
+    def _put(self, data: memoryview | bytes) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
+
+    def _refuse_existing(self) -> None:
+        if self.path.is_dir():
+            raise LlamaError(f"{self.path}: expected a file name, found a directory")
+        if self.path.exists() and not self.force:
+            raise LlamaError(f"{self.path}: exists already; --force replaces it")
+
+    def _finish(self) -> None:
+        if self._next != len(self.records):
+            raise ValueError(f"{self.records[self._next].name} was not written to its end")
+        assert self._file is not None
+        try:
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.truncate(self.file_bytes)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._refuse_existing()
+            os.replace(self.temporary, self.path)
+        except OSError as error:
+            raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
+
+    def _abandon(self) -> None:
+        """Closes and removes the temporary file, unless it has its real name by now."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                pass  # a full disk fails here once more; it has been said already
+        self.temporary.unlink(missing_ok=True)
+
+    def _header(self) -> bytes:
+        c = self.config
+        records = b"".join(record.pack() for record in self.records)
+        meta_offset = HEADER.size + len(records)
+        tokenizer_kind, tokenizer = self.tokenizer
+        numbers = [*c.rope_numbers, *[0.0] * (8 - len(c.rope_numbers))]
+        eos = [*c.eos_ids, *[0] * (MAX_EOS - len(c.eos_ids))]
+        head = HEADER.pack(
+            MAGIC, VERSION, 0, self.header_bytes, self.file_bytes, len(self.records),
+            self._n_meta, meta_offset, len(self._meta), meta_offset + len(self._meta),
+            len(tokenizer), tokenizer_kind, int(c.tied), c.vocab_size, c.dim, c.hidden_dim,
+            c.head_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.max_seq_len, c.norm_eps,
+            c.rope_theta, c.rope_scaling, *numbers, c.bos_id, len(c.eos_ids), *eos,
+        )  # fmt: skip
+        whole = bytearray((head + records + self._meta + tokenizer).ljust(self.header_bytes, b"\0"))
+        struct.pack_into("<I", whole, CRC_OFFSET, zlib.crc32(whole))
+        return bytes(whole)
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError as error:
+        raise LlamaError(f"{directory}: cannot write there: {error.strerror}") from None
+
+
+class Tensors(Mapping[str, NDArray[np.float32]]):
+    """Tensors by name, decoded to float32 of their true shape when asked for."""
+
+    def __init__(self, path: Path, data: Array, records: dict[str, Record]) -> None:
+        self._path, self._data, self._records = path, data, records
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        record = self._records[name]
+        data = self._data[record.offset : record.offset + record.n_bytes]
+        if zlib.crc32(data.data) != record.crc32:
+            raise LlamaError(f"{self._path}: {name}: checksum differs, the file is damaged")
+        if len(record.shape) == 1:
+            return data.view("<f4").astype(np.float32)
+        return untile(data, record.kind, record.rows, record.columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """An open .bin: what `read` returns."""
+
+    path: Path
+    config: Config
+    tokenizer: tuple[TokenizerKind, bytes]
+    meta: dict[str, Value]
+    records: dict[str, Record]
+    tensors: Tensors = field(repr=False)
+
+
+def read(path: str | os.PathLike[str]) -> Bin:
+    """Opens a .bin and checks its header and directory; tensors decode when asked for.
+
+    Raises LlamaError, one line, for anything that is not exactly such a file.
+    """
+    where = Path(path)
+    try:
+        size = where.stat().st_size
+        data: Array = np.memmap(where, np.uint8, "r") if size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise LlamaError(f"{where}: cannot open: {error.strerror}") from None
+    try:
+        return _parse(where, data)
+    except (struct.error, UnicodeDecodeError) as error:
+        raise LlamaError(f"{where}: damaged: {error}") from None
+
+
+def _parse(path: Path, data: Array) -> Bin:
+    def demand(good: bool, what: str) -> None:
+        if not good:
+            raise LlamaError(f"{path}: {what}")
+
+    demand(data.size >= HEADER.size, f"expected a .bin of {HEADER.size}+ bytes, found {data.size}")
+    head = HEADER.unpack(data[: HEADER.size].tobytes())
+    (magic, version, crc, header_bytes, file_bytes, n_tensors, n_meta, meta_offset, meta_bytes,
+     tokenizer_offset, tokenizer_bytes, tokenizer_kind, flags) = head[:13]  # fmt: skip
+    demand(magic == MAGIC, f"not a .bin: expected {MAGIC.decode()} at its start")
+    demand(version == VERSION, f"expected version {VERSION}, found {version}")
+    demand(file_bytes == data.size, f"expected {file_bytes} bytes, found {data.size}")
+    demand(header_bytes % ALIGN == 0 and header_bytes <= data.size, "header_bytes is impossible")
+    demand(n_tensors <= MAX_TENSORS and n_meta <= MAX_META, "too many tensors or meta entries")
+    meta_end = meta_offset + meta_bytes
+    demand(
+        meta_offset == HEADER.size + RECORD.size * n_tensors
+        and meta_bytes % 8 == 0
+        and tokenizer_offset == meta_end
+        and header_bytes == _align(meta_end + tokenizer_bytes),
+        "the header's sections do not follow each other",
+    )
+    front = bytearray(data[:header_bytes].tobytes())
+    struct.pack_into("<I", front, CRC_OFFSET, 0)
+    demand(zlib.crc32(front) == crc, "header checksum differs, the file is damaged")
+    demand(tokenizer_kind in set(TokenizerKind), f"unknown tokenizer kind {tokenizer_kind}")
+    demand(flags in (0, 1), f"unknown flags {flags:#x}")
+    config = _unpack_config(path, head[13:], bool(flags))
+    records = _unpack_records(path, front, n_tensors, header_bytes, file_bytes)
+    found = {name: record.shape for name, record in records.items()}
+    for name, shape in expected_tensors(config).items():
+        demand(name in found, f"{name} is missing")
+        demand(found[name] == shape, f"{name}: expected {shape}, found {found[name]}")
+    meta = _unpack_meta(path, front[meta_offset:meta_end], n_meta)
+    tokenizer = bytes(front[meta_end : meta_end + tokenizer_bytes])
+    tensors = Tensors(path, data, records)
+    return Bin(path, config, (TokenizerKind(tokenizer_kind), tokenizer), meta, records, tensors)
+
+
+def _unpack_config(path: Path, values: tuple[Any, ...], tied: bool) -> Config:
+    (vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
+     norm_eps, rope_theta, scaling) = values[:11]  # fmt: skip
+    numbers, bos_id, n_eos, eos = values[11:19], values[19], values[20], values[21:29]
+    if scaling not in set(Rope) or n_eos > MAX_EOS:
+        raise LlamaError(f"{path}: unknown rope scaling {scaling} or too many eos ids {n_eos}")
+    count = ROPE_COUNTS[Rope(scaling)]
+    config = Config(
+        vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
+        norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied, bos_id,
+        tuple(eos[:n_eos]),
+    )  # fmt: skip
+    try:
+        config.check()
+    except LlamaError as error:
+        raise LlamaError(f"{path}: {error}") from None
+    return config
+
+
+def _unpack_records(
+    path: Path, front: bytearray, n_tensors: int, header_bytes: int, file_bytes: int
+) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for i in range(n_tensors):
+        raw, kind, n_dims, rows, columns, offset, size, crc = RECORD.unpack_from(
+            front, HEADER.size + i * RECORD.size
+        )
+        name = raw.rstrip(b"\0").decode("ascii")
+        if kind not in set(Kind):
+            raise LlamaError(f"{path}: {name}: made by an older version, quantize again")
+        shape = (rows, columns) if n_dims == 2 else (rows,)
+        record = Record(name, Kind(kind), shape, offset, size, crc)
+        fits = (
+            n_dims in (1, 2)
+            and (n_dims == 2 or (columns == 1 and kind == Kind.F32))
+            and 1 <= rows <= 2**32
+            and 1 <= columns <= 2**32
+            and raw[-1] == 0
+            and 0 < len(name)
+            and name not in records
+            and size == record.size()
+            and offset % ALIGN == 0
+            and header_bytes <= offset <= file_bytes - size
+        )
+        if not fits:
+            raise LlamaError(f"{path}: tensor record {i} ({name!r}) is impossible")
+        records[name] = record
+    _check_overlaps(path, records)
+    return records
+
+
+def _check_overlaps(path: Path, records: dict[str, Record]) -> None:
+    end, before = 0, ""
+    for record in sorted(records.values(), key=lambda record: record.offset):
+        if record.offset < end:
+            raise LlamaError(f"{path}: tensors {before} and {record.name} overlap")
+        end, before = record.offset + record.n_bytes, record.name
+
+
+def _unpack_meta(path: Path, section: bytearray, n_meta: int) -> dict[str, Value]:
+    meta: dict[str, Value] = {}
+    at = 0
+    for i in range(n_meta):
+        kind, flags, key_bytes, zero, value_bytes = META.unpack_from(section, at)
+        start = at + META.size + key_bytes
+        end = start + value_bytes
+        key = section[at + META.size : start].decode("ascii")
+        fixed = kind not in (1, 2) or value_bytes == 8
+        if end > len(section) or not 1 <= key_bytes <= 255 or zero or not fixed or key in meta:
+            raise LlamaError(f"{path}: meta entry {i} ({key[:64]!r}) is impossible")
+        if kind not in (1, 2, 3, 4) or flags not in (0, 1):
+            raise LlamaError(f"{path}: meta {key}: unknown type {kind} or flags {flags}")
+        if flags and key not in KNOWN_META:
+            raise LlamaError(f"{path}: needs {key}, which this version does not know")
+        data = bytes(section[start:end])
+        if kind in (1, 2):
+            meta[key] = struct.unpack("<q" if kind == 1 else "<d", data)[0]
+        else:
+            meta[key] = data.decode("utf-8") if kind == 3 else data
+        at = _align(end, 8)
+    if at != len(section):
+        raise LlamaError(f"{path}: meta entries take {at} bytes, expected {len(section)}")
+    return meta

@@ -1,0 +1,84 @@
+"""This machine's memory bandwidth, measured once and remembered for each CPU.
+
+Decoding reads every weight for every token, so bytes a second is the limit it is held against.
+The rate is kept as JSON in the user's cache folder; where that cannot be written, it is measured
+again next time and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where this user's caches belong; it may not exist yet."""
+    home = Path(os.path.expanduser("~"))
+    if sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "llama-engine"
+
+
+def cpu_name() -> str:
+    """The CPU's model, as its maker writes it where the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            facts = dict(
+                (part.strip() for part in line.split(":", 1)) for line in file if ":" in line
+            )
+        for key in ("model name", "Model", "CPU part"):
+            if facts.get(key):
+                return facts[key]
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            return found.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that THREADS threads read, measured now or by an earlier run."""
+    file = cache_folder() / "bandwidth.json"
+    key = f"{cpu_name()}, {threads} threads"
+    known = _read(file)
+    if key not in known:
+        from llama.engine import measure_bandwidth
+
+        known[key] = measure_bandwidth(threads)
+        _write(file, known)
+    return known[key]
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return {str(k): float(v) for k, v in known.items() if float(v) > 0}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(file: Path, known: dict[str, float]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # under its own name first: another run may read at this moment
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=".bandwidth-", delete=False
+        ) as out:
+            json.dump(known, out, indent=1)
+        os.replace(out.name, file)
+    except OSError:
+        pass

@@ -1,0 +1,203 @@
+"""chat.py's work: a dialog in the terminal, or line by line from a pipe.
+
+The answers go to stdout, everything else to stderr. The history is a list of messages; each turn
+encodes all of it, and the engine computes only what is new. When the context is full the oldest
+question goes, together with its answer.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
+from llama.completion import Result
+from llama.errors import LlamaError
+from llama.generate import Llama, Stream
+from llama.machine import cache_folder
+from llama.sampling import SamplingParams
+
+HELP = """\
+/reset          forget the conversation
+/system TEXT    tell the model TEXT first, and forget the conversation; alone: show it
+/stats          tokens and speed
+/help           this list
+/quit           leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+class Talk:
+    """A conversation: its messages so far and the commands on it."""
+
+    def __init__(
+        self, llm: Llama, params: SamplingParams, system: str | None = None, show: bool = False
+    ) -> None:
+        self.llm = llm
+        self.params = params
+        self.system = system
+        self.show = show
+        self.turns: list[dict[str, str]] = []  # user and assistant, by turns
+        self.failed = False
+        self._last: Result | None = None
+
+    def messages(self) -> list[dict[str, str]]:
+        head = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return head + self.turns
+
+    def line(self, text: str) -> bool:
+        """Takes a line from the person; False when it says to leave."""
+        word, _, rest = text.strip().partition(" ")
+        if word == "/quit":
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "/reset": lambda _: self.reset(), "/system": self.set_system,
+            "/stats": lambda _: self.stats(), "/help": lambda _: say(HELP),
+        }  # fmt: skip
+        if word in commands:
+            commands[word](rest.strip())
+        elif word.startswith("/"):
+            say(f"there is no {word}; /help lists the commands")
+        elif word:
+            self.ask(text)
+        return True
+
+    def ask(self, text: str) -> None:
+        """Answers TEXT on stdout, as the answer comes."""
+        before = list(self.turns)
+        self.turns.append({"role": "user", "content": text})
+        answered = False
+        try:
+            self._fit()
+            if self.show:
+                show_prompt(self.llm, self.llm.template.encode(self.messages()))
+            stream = self.llm.stream_chat(self.messages(), self.params)
+            with cancelling(stream):
+                self._print(stream)
+            self._last = stream.result
+            if stream.result is not None:
+                self._note(stream.result)
+            self.turns.append({"role": "assistant", "content": stream.text})
+            answered = True
+        except LlamaError as error:
+            self.failed = True
+            say(f"chat.py: {error}")
+        finally:
+            if not answered:  # as if the line had not been said
+                self.turns = before
+
+    def reset(self) -> None:
+        self.turns = []
+        say("the conversation is forgotten")
+
+    def set_system(self, text: str) -> None:
+        if text:
+            self.system, self.turns = text, []
+            say("told; the conversation starts again")
+            return
+        shown = self.system if self.system is not None else self.llm.template.style.default_system
+        say(f"system: {shown}" if shown is not None else "there is no system message")
+
+    def stats(self) -> None:
+        used = len(self.llm.template.encode(self.messages(), reply=False)) if self.turns else 0
+        say(f"{len(self.turns) // 2} turns, {used} of {self.llm.max_seq_len} tokens of context")
+        if self._last is not None:
+            last = self._last
+            say(
+                f"last answer: {last.prompt_tokens} prompt tokens, {last.cached_tokens} of them "
+                f"kept from before, {len(last.token_ids)} answered, seed {last.seed}"
+            )
+        say(speed_line(self.llm))
+
+    def _fit(self) -> None:
+        """Drops the oldest turns until a quarter of the context, or max_tokens, is free."""
+        size = self.llm.max_seq_len
+        room = size - min(self.params.max_tokens or size, size // 4)
+        dropped = 0
+        while len(self.turns) > 1 and len(self.llm.template.encode(self.messages())) > room:
+            del self.turns[:2]
+            dropped += 1
+        if dropped:
+            turns = "turn" if dropped == 1 else "turns"
+            say(f"(the context is full: the oldest {dropped} {turns} forgotten)")
+
+    def _print(self, stream: Stream) -> None:
+        out = sys.stdout
+        try:
+            for piece in stream:
+                out.write(piece)
+                out.flush()
+        finally:
+            out.write("\n")
+            out.flush()
+
+    def _note(self, result: Result) -> None:
+        if result.finish_reason == "cancelled":
+            say("(stopped)")
+        elif result.finish_reason == "length":
+            full = result.prompt_tokens + len(result.token_ids) >= self.llm.max_seq_len
+            say("(the context is full)" if full else "(cut at --max_tokens)")
+
+
+@contextmanager
+def cancelling(stream: Stream) -> Iterator[None]:
+    """Inside, Ctrl-C ends the stream at its next step instead of the program."""
+    try:
+        before = signal.signal(signal.SIGINT, lambda *_: stream.cancel())
+    except ValueError:  # not the main thread, which alone hears signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def talk(args: Namespace) -> int:
+    """Does what the flags say; the exit status."""
+    params = params_of(args)
+    with open_model(args, template=args.template) as llm:
+        family = llm.template.family  # a base model is refused before the first line
+        system = None if args.system is None else text_of(args.system)
+        dialog = Talk(llm, params, system, args.show_prompt)
+        reader = _editor() if sys.stdin.isatty() else None
+        if reader is None:
+            for line in iter(sys.stdin.readline, ""):
+                if not dialog.line(line.rstrip("\r\n")):
+                    break
+            return 1 if dialog.failed else 0
+        name = llm.meta.get("general.name") or args.bin or "the default model"
+        say(f"{name} ({llm.config.dtype}, {family}, context {llm.max_seq_len}); /help, /quit")
+        while True:
+            try:
+                if not dialog.line(reader()):
+                    return 0
+            except KeyboardInterrupt:
+                continue  # the line is cleared
+            except EOFError:
+                return 0
+
+
+def _editor() -> Callable[[], str] | None:
+    """Reads an edited line from the terminal, with history; None where that cannot be."""
+    screen = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
+    if screen is None:
+        return None
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+        from prompt_toolkit.output import create_output
+    except ImportError:
+        return lambda: input("> ")
+    history: History = InMemoryHistory()
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "chat-history", "a"):
+            history = FileHistory(str(folder / "chat-history"))
+    except OSError:
+        pass
+    session: Any = PromptSession(history=history, output=create_output(stdout=screen))
+    return lambda: str(session.prompt("> "))

@@ -1,0 +1,37 @@
+"""What every test file shares: where the data of others lies, and two models in .bin form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real weights, vocabularies and known answers; skips where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    found = Path(os.environ.get("LLAMA_TEST_DATA") or root.parent / "shared" / "data")
+    if not found.is_dir():
+        pytest.skip(f"no test data: {found} is no folder (LLAMA_TEST_DATA names another)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K, a real model that tells English stories, as a .bin."""
+    from llama import checkpoints
+
+    out = tmp_path_factory.mktemp("stories") / "stories260K.bin"
+    options = checkpoints.Options(tokenizer=data / "tokenizers" / "tok512.bin")
+    checkpoints.export(data / "weights" / "stories260K.bin", out, options=options)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model of random weights, as a .bin."""
+    import tiny_chat
+
+    return tiny_chat.write(tmp_path_factory.mktemp("tiny") / "tiny.bin")

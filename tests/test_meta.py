@@ -1,0 +1,249 @@
+"""Meta's checkpoints: merging shards, what params.json says, and what must be inferred."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import torch
+
+from llama.checkpoints import Options, load
+from llama.checkpoints.convert import convert
+from llama.checkpoints.meta import _hidden_dim, _max_seq_len, _rope
+from llama.checkpoints.settings import Settings
+from llama.errors import LlamaError
+from llama.format import Bin, Rope, TokenizerKind, read
+from llama.quant import Kind, widen
+
+
+def export(source: Path, out: Path, options: Options | None = None) -> Bin:
+    checkpoint = load(source, options or Options())
+    convert(checkpoint, out, checkpoint.default_kind(), force=True)
+    return read(out)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_shards_and_hugging_face_make_the_same_bytes(tmp_path: Path, dtype: str) -> None:
+    shape = small_models.config(n_kv_heads=4)
+    weights = small_models.weights(shape, dtype)
+    hf = export(small_models.write_hf(tmp_path / "hf", shape, weights), tmp_path / "hf.bin")
+    assert hf.records["output.weight"].kind == Kind[dtype.upper()]
+    for name, tensor in weights.items():
+        assert torch.equal(torch.from_numpy(hf.tensors[name]), tensor.float()), name
+    for n in (1, 2, 4):
+        for embeddings in ("columns", "rows"):
+            folder = tmp_path / f"meta{n}{embeddings}"
+            small_models.write_meta(folder, shape, weights, n, embeddings)
+            meta = export(folder, tmp_path / "meta.bin", Options(max_seq_len=32))
+            assert meta.config == hf.config
+            for name, record in hf.records.items():
+                assert meta.records[name].crc32 == record.crc32, (n, embeddings, name)
+                assert meta.records[name].kind == record.kind
+
+
+def test_eight_shards_of_grouped_queries(tmp_path: Path) -> None:
+    shape = small_models.config(dim=64, head_dim=4, n_heads=16, n_kv_heads=8, vocab_size=48,
+                                hidden_dim=88)  # fmt: skip
+    weights = small_models.weights(shape)
+    small_models.write_meta(tmp_path / "m", shape, weights, 8)
+    found = export(tmp_path / "m", tmp_path / "m.bin")
+    for name, tensor in weights.items():
+        assert torch.equal(torch.from_numpy(found.tensors[name]), tensor), name
+
+
+def test_real_checkpoint(data: Path, tmp_path: Path) -> None:
+    source = data / "weights/meta_tiny"
+    found = export(source, tmp_path / "a.bin")
+    expected = torch.load(source / "consolidated.00.pth", weights_only=True)
+    assert any(name.endswith("mask") for name in expected)
+    assert {n for n in expected if not n.endswith("mask")} == set(found.tensors)
+    for name, array in found.tensors.items():
+        assert torch.equal(torch.from_numpy(array), expected[name])
+    assert found.config.hidden_dim == 172 and found.tokenizer == (TokenizerKind.NONE, b"")
+
+
+def test_tokenizers_are_told_apart_by_content(data: Path, tmp_path: Path) -> None:
+    shape = small_models.config(vocab_size=32000)
+    small_models.write_meta(tmp_path / "up/two-chat", shape, small_models.weights(shape))
+    model = (data / "tokenizers/llama2_tokenizer.model").read_bytes()
+    (tmp_path / "up/tokenizer.model").write_bytes(model)  # above it
+    two = load(tmp_path / "up/two-chat")
+    assert two.tokenizer.kind == TokenizerKind.SENTENCEPIECE and two.tokenizer.data == model
+    assert (two.config.bos_id, two.config.eos_ids) == (1, (2,))
+    assert two.meta["template.family"] == "llama2"
+    assert any("inferred from the directory's name" in note for note in two.notes)
+
+    shape = small_models.config(vocab_size=128256)
+    folder = small_models.write_meta(
+        tmp_path / "x/three-Instruct", shape, small_models.weights(shape), 1, "rows"
+    )
+    (folder / "tokenizer.model").write_bytes(
+        (data / "tokenizers/llama3_tokenizer.model").read_bytes()
+    )
+    three = load(folder)
+    assert three.tokenizer.kind == TokenizerKind.TIKTOKEN
+    assert (three.config.bos_id, three.config.eos_ids) == (128000, (128001, 128008, 128009))
+    special = json.loads(str(three.meta["tokenizer.special"]))
+    published = json.loads((data / "tokenizers/hf_llama3_1_tokenizer_config.json").read_text())
+    assert len(special) == 256 and special["<|start_header_id|>"] == 128006
+    names = {int(i): t["content"] for i, t in published["added_tokens_decoder"].items()}
+    assert sorted(special.values()) == sorted(names)
+    assert three.meta["template.family"] == "llama3"
+    none = load(folder, Options(template="none"))
+    assert "template.family" not in none.meta
+    assert load(folder, Options(template="zephyr")).meta["template.family"] == "zephyr"
+    with pytest.raises(LlamaError, match="--template: expected chatml, .* or none, found nonsense"):
+        load(folder, Options(template="nonsense"))
+
+
+def params(folder: Path, **values: Any) -> Settings:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Settings(folder / "params.json", values)
+
+
+# (hidden, multiple_of, ffn_dim_multiplier) of the published models, by dim
+@pytest.mark.parametrize(
+    "dim, hidden, multiple, factor",
+    [
+        (4096, 11008, 256, None), (5120, 13824, 256, None), (6656, 17920, 256, None),
+        (8192, 22016, 256, None), (8192, 28672, 4096, 1.3), (4096, 14336, 1024, 1.3),
+        (2048, 8192, 256, 1.5), (3072, 8192, 256, 1.0), (16384, 53248, 4096, 1.2),
+    ],
+)  # fmt: skip
+def test_hidden_dim_rule(
+    tmp_path: Path, dim: int, hidden: int, multiple: int, factor: float | None
+) -> None:
+    class Shape:
+        shape = (hidden, dim)
+
+    found: Any = {"layers.0.feed_forward.w1.weight": Shape}
+    values = {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+    assert _hidden_dim(params(tmp_path, **values), found, dim) == hidden
+    Shape.shape = (hidden + multiple, dim)
+    with pytest.raises(LlamaError, match=f"make hidden_dim {hidden}, .* {hidden + multiple} rows"):
+        _hidden_dim(params(tmp_path, **values), found, dim)
+
+
+@pytest.mark.parametrize(
+    "folder, theta, eps, scaling, length",
+    [
+        ("7B", 1e4, 1e-6, Rope.PLAIN, 2048),
+        ("65B", 1e4, 1e-5, Rope.PLAIN, 2048),
+        ("something", 1e4, 1e-6, Rope.PLAIN, 2048),
+        ("llama-2-7b", 1e4, 1e-6, Rope.PLAIN, 4096),
+        ("llama-2-70b-chat", 1e4, 1e-5, Rope.PLAIN, 4096),
+        ("CodeLlama-7b", 1e6, 1e-5, Rope.PLAIN, 16384),
+        ("CodeLlama-70b-Instruct", 1e4, 1e-5, Rope.PLAIN, 4096),
+        ("Meta-Llama-3-8B", 5e5, 1e-5, Rope.PLAIN, 8192),
+        ("Llama-3.1-8B", 5e5, 1e-5, Rope.LLAMA3, 131072),
+    ],
+)
+def test_context_is_inferred_and_said(
+    tmp_path: Path, folder: str, theta: float, eps: float, scaling: Rope, length: int
+) -> None:
+    notes: list[str] = []
+    given = params(tmp_path / folder, norm_eps=eps)
+    assert _max_seq_len(given, theta, scaling, Options(), notes) == length
+    assert notes and "inferred" in notes[0]
+    assert _max_seq_len(given, theta, scaling, Options(max_seq_len=77), []) == 77
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    assert _rope(params(tmp_path), []) == (Rope.PLAIN, ())
+    assert _rope(params(tmp_path, use_scaled_rope=False), []) == (Rope.PLAIN, ())
+    notes: list[str] = []
+    big = params(tmp_path, use_scaled_rope=True, dim=4096, n_layers=32)
+    assert _rope(big, notes) == (Rope.LLAMA3, (8.0, 1.0, 4.0, 8192.0))
+    for dim, n_layers in ((2048, 16), (3072, 28)):
+        small = params(tmp_path, use_scaled_rope=True, dim=dim, n_layers=n_layers)
+        assert _rope(small, notes)[1][0] == 32
+    assert len(notes) == 3
+    said = params(tmp_path, use_scaled_rope=True, rope_scaling_factor=16)
+    assert _rope(said, [])[1][0] == 16
+
+
+def test_wrong_tensors_are_one_line(tmp_path: Path) -> None:
+    shape = small_models.config()
+    weights = small_models.weights(shape)
+
+    def refused(n: int = 1, **params: Any) -> str:
+        for old in tmp_path.glob("m/*"):
+            old.unlink()
+        small_models.write_meta(tmp_path / "m", shape, weights, n, **params)
+        with pytest.raises(LlamaError) as caught:
+            load(tmp_path / "m")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    wk = weights.pop("layers.1.attention.wk.weight")
+    assert "layers.1.attention.wk.weight is missing, expected 24 x 24" in refused()
+    weights["layers.1.attention.wk.weight"] = wk[:12]
+    assert "wk.weight: expected 24 x 24, found 12 x 24" in refused()
+    weights["layers.1.attention.wk.weight"] = wk.double()
+    assert "wk.weight: expected f32, f16 or bf16, found DoubleStorage" in refused()
+    weights["layers.1.attention.wk.weight"] = wk
+    weights["layers.0.attention.wq.bias"] = torch.zeros(24)
+    assert "layers.0.attention.wq.bias: a tensor that" in refused()
+    del weights["layers.0.attention.wq.bias"]
+    output = weights.pop("output.weight")
+    assert "output.weight is missing" in refused()
+    weights["output.weight"] = output
+    assert "vocab_size is 45, tok_embeddings.weight has 44 rows" in refused(vocab_size=45)
+    assert "moe is not supported" in refused(moe={"num_experts": 8})
+    assert "dim: expected a whole number, found 'x'" in refused(dim="x")
+    assert "n_kv_heads must divide" in refused(n_kv_heads=3)
+    small_models.write_meta(tmp_path / "m", shape, weights, 2)
+    (tmp_path / "m/consolidated.01.pth").unlink()
+    (tmp_path / "m/consolidated.00.pth").rename(tmp_path / "m/consolidated.01.pth")
+    with pytest.raises(LlamaError, match="expected 1, 2, 4 or 8 shards .* found consolidated.01"):
+        load(tmp_path / "m")
+
+
+def test_shards_that_differ_are_refused(tmp_path: Path) -> None:
+    shape = small_models.config()
+    weights = small_models.weights(shape)
+    folder = small_models.write_meta(tmp_path / "m", shape, weights, 2)
+    shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
+    w1 = shard.pop("layers.0.feed_forward.w1.weight")
+    torch.save(shard, folder / "consolidated.01.pth")
+    with pytest.raises(LlamaError, match="w1.weight is not in every shard"):
+        load(folder)
+    torch.save(shard | {"layers.0.feed_forward.w1.weight": w1[1:]}, folder / "consolidated.01.pth")
+    with pytest.raises(LlamaError, match="shard 0 is f32 38 x 24, shard 1 f32 37 x 24"):
+        load(folder)
+    half = {name: tensor.half() for name, tensor in shard.items()}
+    torch.save(half | {"layers.0.feed_forward.w1.weight": w1}, folder / "consolidated.01.pth")
+    with pytest.raises(LlamaError, match="shard 0 is f32 .*, shard 1 f16"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value, kind, message", [
+    (7e4, Kind.F16, r"weight \(3, 5\) is too large for f16: 70000"),
+    (float("nan"), Kind.F32, r"weight \(3, 5\) is not finite: nan"),
+    (float("-inf"), Kind.BF16, r"weight \(3, 5\) is not finite: -inf"),
+    (3.4e38, Kind.BF16, r"weight \(3, 5\) is too large for bf16: 3.4e\+38"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named(
+    tmp_path: Path, value: float, kind: Kind, message: str
+) -> None:
+    shape = small_models.config()
+    weights = small_models.weights(shape)
+    weights["layers.1.attention.wv.weight"][3, 5] = value
+    checkpoint = load(small_models.write_meta(tmp_path / "m", shape, weights))
+    with pytest.raises(LlamaError, match="layers.1.attention.wv.weight: " + message):
+        convert(checkpoint, tmp_path / "a.bin", kind)
+    assert not list(tmp_path.glob("a.bin*"))
+
+
+def test_rows_come_in_any_cut(tmp_path: Path) -> None:
+    shape = small_models.config()
+    weights = small_models.weights(shape)
+    checkpoint = load(small_models.write_meta(tmp_path / "m", shape, weights, 4))
+    for name, tensor in checkpoint.tensors.items():
+        n = tensor.shape[0]
+        for first, last in [(0, 1), (n // 2 - 1, n // 2 + 2), (n - 1, n), (0, n)]:
+            rows = torch.from_numpy(widen(tensor.rows(first, last)).copy())
+            assert torch.equal(rows, weights[name][first:last]), (name, first, last)
