@@ -44,7 +44,7 @@ class Config:
     rope_scaling: Rope = Rope.PLAIN
     rope_numbers: tuple[float, ...] = ()  # linear: factor; llama3: factor, low, high, original
     tied: bool = False
-    bos_id: int = -1
+    bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     def check(self) -> None:
@@ -89,7 +89,7 @@ class Config:
     def _check_ids(self) -> None:
         if len(self.eos_ids) > MAX_EOS:
             raise LlamaError(f"config: at most {MAX_EOS} eos ids, found {len(self.eos_ids)}")
-        if self.bos_id != -1 and not 0 <= self.bos_id < self.vocab_size:
+        if self.bos_id is not None and not 0 <= self.bos_id < self.vocab_size:
             raise LlamaError(
                 f"config: bos id must be below vocab_size {self.vocab_size}, found {self.bos_id}"
             )

@@ -40,10 +40,8 @@ RECORD = struct.Struct("<64s II QQ QQ I 20x")
 # type flags key_bytes zero | value_bytes
 META = struct.Struct("<IIII Q")
 MAX_TENSORS, MAX_META = 65_536, 4_096
-KNOWN_META = {
-    "general.name", "general.license", "general.origin", "template.family", "template.jinja",
-    "tokenizer.special", "quantize.receipt",
-}  # fmt: skip
+# Required keys that this reader understands: none so far.
+UNDERSTOOD: frozenset[str] = frozenset()
 
 Value = int | float | str | bytes
 
@@ -104,9 +102,9 @@ def _pack_meta(meta: Mapping[str, Value | Required]) -> bytes:
     out = bytearray()
     for key, entry in meta.items():
         flags, value = (1, entry.value) if isinstance(entry, Required) else (0, entry)
-        name = key.encode("ascii")
-        if not 1 <= len(name) <= 255:
-            raise LlamaError(f"meta key must be 1 to 255 bytes long, found {len(name)}")
+        name = key.encode("ascii", "replace")
+        if not _good_key(key):
+            raise LlamaError(f"meta key: expected 1 to 255 ASCII characters, found {key!r}")
         if isinstance(value, int):
             kind, data = 1, struct.pack("<q", value)
         elif isinstance(value, float):
@@ -143,12 +141,14 @@ class Writer:
         force: bool = False,
     ) -> None:
         config.check()
+        if (tokenizer[0] == TokenizerKind.NONE) != (not tokenizer[1]):
+            raise ValueError(f"a tokenizer of kind {tokenizer[0]} with {len(tokenizer[1])} bytes")
         self.path = Path(path)
         self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         self.config, self.records, self.tokenizer = config, list(records), tokenizer
         self.force = force
-        self._n_meta = len(meta or {})
-        self._meta = _pack_meta(meta or {})
+        self._entries = dict(meta or {})
+        self._meta = _pack_meta(self._entries)
         self._file: BinaryIO | None = None
         self._next = self._rows = 0  # the current tensor, and its rows already written
         self._plan()
@@ -157,7 +157,7 @@ class Writer:
         names = [record.name for record in self.records]
         if len(names) > MAX_TENSORS or len(set(names)) != len(names):
             raise LlamaError(f"{self.path}: tensor names must be unique, at most {MAX_TENSORS}")
-        if self._n_meta > MAX_META:
+        if len(self._entries) > MAX_META:
             raise LlamaError(f"{self.path}: at most {MAX_META} meta entries")
         self.header_bytes = end = _align(
             HEADER.size + RECORD.size * len(names) + len(self._meta) + len(self.tokenizer[1])
@@ -220,6 +220,28 @@ class Writer:
             self._next, self._rows = self._next + 1, 0
             self._put(bytes(-record.n_bytes % ALIGN))
 
+    def set_text(self, key: str, text: str) -> None:
+        """Changes a text entry, within the room it had from the start; the rest is spaces."""
+        room = len(str(self._entries[key]).encode("utf-8"))
+        n = len(text.encode("utf-8"))
+        if n > room:
+            raise ValueError(f"{key}: {n} bytes do not fit the {room} that were set aside")
+        self._entries[key] = text + " " * (room - n)
+        self._meta = _pack_meta(self._entries)
+
+    def seal(self) -> None:
+        """Makes the temporary file a whole .bin, so that it can be opened before it is named."""
+        if self._next != len(self.records):
+            raise ValueError(f"{self.records[self._next].name} was not written to its end")
+        assert self._file is not None
+        try:
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.truncate(self.file_bytes)
+            self._file.flush()
+        except OSError as error:
+            raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
+
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
@@ -241,14 +263,9 @@ class Writer:
             raise LlamaError(f"{self.path}: exists already; --force replaces it")
 
     def _finish(self) -> None:
-        if self._next != len(self.records):
-            raise ValueError(f"{self.records[self._next].name} was not written to its end")
+        self.seal()
         assert self._file is not None
         try:
-            self._file.seek(0)
-            self._file.write(self._header())
-            self._file.truncate(self.file_bytes)
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._refuse_existing()
@@ -274,10 +291,11 @@ class Writer:
         eos = [*c.eos_ids, *[0] * (MAX_EOS - len(c.eos_ids))]
         head = HEADER.pack(
             MAGIC, VERSION, 0, self.header_bytes, self.file_bytes, len(self.records),
-            self._n_meta, meta_offset, len(self._meta), meta_offset + len(self._meta),
+            len(self._entries), meta_offset, len(self._meta), meta_offset + len(self._meta),
             len(tokenizer), tokenizer_kind, int(c.tied), c.vocab_size, c.dim, c.hidden_dim,
             c.head_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.max_seq_len, c.norm_eps,
-            c.rope_theta, c.rope_scaling, *numbers, c.bos_id, len(c.eos_ids), *eos,
+            c.rope_theta, c.rope_scaling, *numbers, -1 if c.bos_id is None else c.bos_id,
+            len(c.eos_ids), *eos,
         )  # fmt: skip
         whole = bytearray((head + records + self._meta + tokenizer).ljust(self.header_bytes, b"\0"))
         struct.pack_into("<I", whole, CRC_OFFSET, zlib.crc32(whole))
@@ -367,7 +385,10 @@ def _parse(path: Path, data: Array) -> Bin:
     front = bytearray(data[:header_bytes].tobytes())
     struct.pack_into("<I", front, CRC_OFFSET, 0)
     demand(zlib.crc32(front) == crc, "header checksum differs, the file is damaged")
-    demand(tokenizer_kind in set(TokenizerKind), f"unknown tokenizer kind {tokenizer_kind}")
+    demand(
+        tokenizer_kind in set(TokenizerKind) and (tokenizer_kind == 0) == (tokenizer_bytes == 0),
+        f"unknown tokenizer kind {tokenizer_kind} with {tokenizer_bytes} bytes",
+    )
     demand(flags in (0, 1), f"unknown flags {flags:#x}")
     config = _unpack_config(path, head[13:], bool(flags))
     records = _unpack_records(path, front, n_tensors, header_bytes, file_bytes)
@@ -390,7 +411,8 @@ def _unpack_config(path: Path, values: tuple[Any, ...], tied: bool) -> Config:
     count = ROPE_COUNTS[Rope(scaling)]
     config = Config(
         vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
-        norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied, bos_id,
+        norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied,
+        None if bos_id == -1 else bos_id,
         tuple(eos[:n_eos]),
     )  # fmt: skip
     try:
@@ -444,23 +466,26 @@ def _unpack_meta(path: Path, section: bytearray, n_meta: int) -> dict[str, Value
     meta: dict[str, Value] = {}
     at = 0
     for i in range(n_meta):
-        kind, flags, key_bytes, zero, value_bytes = META.unpack_from(section, at)
+        kind, flags, key_bytes, _, value_bytes = META.unpack_from(section, at)
         start = at + META.size + key_bytes
         end = start + value_bytes
         key = section[at + META.size : start].decode("ascii")
-        fixed = kind not in (1, 2) or value_bytes == 8
-        if end > len(section) or not 1 <= key_bytes <= 255 or zero or not fixed or key in meta:
+        if end > len(section) or not _good_key(key) or key in meta:
             raise LlamaError(f"{path}: meta entry {i} ({key[:64]!r}) is impossible")
-        if kind not in (1, 2, 3, 4) or flags not in (0, 1):
-            raise LlamaError(f"{path}: meta {key}: unknown type {kind} or flags {flags}")
-        if flags and key not in KNOWN_META:
-            raise LlamaError(f"{path}: needs {key}, which this version does not know")
+        if flags & 1 and key not in UNDERSTOOD:
+            raise LlamaError(f"{path}: needs {key!r}, which this version does not know")
         data = bytes(section[start:end])
         if kind in (1, 2):
+            if value_bytes != 8:
+                raise LlamaError(f"{path}: meta {key}: expected 8 bytes, found {value_bytes}")
             meta[key] = struct.unpack("<q" if kind == 1 else "<d", data)[0]
-        else:
+        elif kind in (3, 4):  # another kind is of a later version, and optional
             meta[key] = data.decode("utf-8") if kind == 3 else data
         at = _align(end, 8)
     if at != len(section):
         raise LlamaError(f"{path}: meta entries take {at} bytes, expected {len(section)}")
     return meta
+
+
+def _good_key(key: str) -> bool:
+    return 1 <= len(key) <= 255 and all("!" <= c <= "~" for c in key)

@@ -1,4 +1,5 @@
-"""Small random Llamas written in the forms of others, and a plain forward pass to judge them.
+"""Small random Llamas written in the forms of others, as .bin files of any kind, and made by
+transformers; and a plain forward pass to judge what was read.
 
 Weights are made under Meta's names. The Hugging Face order of wq and wk and the cutting into
 shards are done here in torch, as the published conversion scripts do them, and share no code
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama.format import Bin, Config, expected_tensors
+from llama.format import Bin, Config, Record, Rope, Writer, expected_tensors
+from llama.quant import Kind, matrix_bytes
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 HF_LAYERS = {
@@ -163,3 +165,77 @@ def forward(model: Bin, tokens: list[int]) -> np.ndarray:
     output = w["tok_embeddings.weight" if c.tied else "output.weight"]
     logits: np.ndarray = norm(x, w["norm.weight"]) @ output.T
     return logits
+
+
+# --- as .bin files
+
+
+def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, **more: Any) -> Path:
+    """A .bin of random weights, of a float kind; MORE goes to the Writer."""
+    rng = np.random.default_rng(seed)
+    records = [
+        Record(name, kind if len(size) == 2 else Kind.F32, size)
+        for name, size in expected_tensors(shape).items()
+    ]
+    with Writer(path, shape, records, **more) as writer:
+        for record in records:
+            writer.write(record.name, 0.5 * rng.standard_normal(record.shape, np.float32))
+    return path
+
+
+def quantized(path: Path, out: Path, kind: Kind) -> Path:
+    """PATH with its matrices in KIND, encoded by the library in one piece."""
+    from llama.engine import Model
+
+    with Model(path) as model:
+        c = model.config
+        sizes = {name: getattr(c, name) for name in Config.__dataclass_fields__}
+        bos_id = -1 if c.bos_id is None else c.bos_id
+        shape = Config(**(sizes | {"bos_id": bos_id}))
+        records = [
+            Record(t.name, kind if len(t.shape) == 2 else Kind.F32, t.shape) for t in model.tensors
+        ]
+        with Writer(out, shape, records) as writer:
+            for i, record in enumerate(records):
+                if len(record.shape) == 1:
+                    writer.write(record.name, model.rows(i))
+                    continue
+                size = matrix_bytes(kind, record.rows, record.columns)
+                blocks, _ = model.quantize(i, 0, record.rows, kind, size)
+                writer.write(record.name, blocks)
+    return out
+
+
+def of_kind(folder: Path, shape: Config, kind: Kind, seed: int = 0) -> Path:
+    """A .bin of random weights in FOLDER, of any kind."""
+    path = folder / f"{kind.label}-{seed}.bin"
+    if kind in (Kind.F32, Kind.F16, Kind.BF16):
+        return write_bin(path, shape, seed, kind)
+    source = write_bin(folder / f"source-of-{path.name}", shape, seed)
+    return quantized(source, path, kind)
+
+
+# --- by transformers
+
+
+def transformers_llama(shape: Config, dtype: str = "f32", seed: int = 0) -> Any:
+    """transformers' own model of SHAPE, random; weights rounded to DTYPE and kept in float32."""
+    import transformers
+
+    kinds = {Rope.PLAIN: "default", Rope.LINEAR: "linear", Rope.LLAMA3: "llama3"}
+    names = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    rope: dict[str, Any] = dict(zip(names, shape.rope_numbers, strict=False))
+    if shape.rope_scaling == Rope.LLAMA3:
+        rope[names[3]] = int(rope[names[3]])
+    rope |= {"rope_type": kinds[shape.rope_scaling], "rope_theta": shape.rope_theta}
+    settings = hf_settings(shape, rope_parameters=rope, pad_token_id=None)
+    del settings["rope_scaling"], settings["rope_theta"]
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            spread = 0.1 if "norm" in name else 0.5 if "embed" in name else weight.shape[1] ** -0.5
+            weight.normal_(1.0 if "norm" in name else 0.0, 2 * spread)
+            if "norm" not in name:
+                weight.copy_(weight.to(DTYPES[dtype]))
+    return model

@@ -236,20 +236,20 @@ def test_at_a_terminal(tiny: Path) -> None:
         ROOT / "chat.py", "--bin", tiny, "--type=greedy", "--max_tokens=100000", "--max-seq-len=100000"
     )
     terminal.wait_for(r"tiny \(f32, chatml, context 100000\)")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.send("half a line\x03")  # Ctrl-C clears it
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.send("Hello\r")
     terminal.wait_for("Hello")
     time.sleep(1)
     terminal.send("\x03")
     terminal.wait_for(r"\(stopped\)")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.send("/stats\r")
     terminal.wait_for("1 turns, ")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.send("\x1b[A\x1b[A\x15/help\r")  # up, up, clear: history and editing
     terminal.wait_for("/reset")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.send("\x04")  # Ctrl-D
     assert terminal.status() == 0

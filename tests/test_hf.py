@@ -238,7 +238,7 @@ def test_llama3_directory(data: Path, tmp_path: Path) -> None:
     assert load(folder).meta["template.family"] == "chatml"
     said = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(said | {"add_bos_token": False}))
-    assert load(folder).config.bos_id == -1
+    assert load(folder).config.bos_id is None
 
 
 def test_which_tokenizer(data: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_which_tokenizer(data: Path, tmp_path: Path) -> None:
     document = json.loads((data / "tokenizers/hf_llama2_tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(document))
     found = load(folder)
-    assert found.tokenizer.kind == TokenizerKind.JSON and found.config.bos_id == -1
+    assert found.tokenizer.kind == TokenizerKind.JSON and found.config.bos_id is None
     (folder / "config.json").write_text(
         json.dumps(small_models.hf_settings(shape, bos_token_id=1, eos_token_id=2))
     )

@@ -120,7 +120,7 @@ def test_many_prompts(stories: Path, tmp_path: Path) -> None:
         ('{"text": "a"}\n', "line 1: expected"),
         ('{"prompt": "a", "top_q": 1}\n', "line 1: unknown sampling parameter 'top_q'"),
         ('{"prompt": "a", "top_k": -1}\n', "line 1: top_k must be 0 to"),
-        ('{"prompt": ["a"]}\n', "token id must be an int"),
+        ('{"prompt": ["a"]}\n', "a prompt must be a str or a list of token ids"),
         ('"a"\n{"prompt": [999]}\n', "prompt 1: token id must be 0 to 511, found 999"),
         (b"\xff\xfe", "is not UTF-8"), (None, "cannot read: No such file"),
     ],

@@ -154,7 +154,7 @@ def test_special_tokens_at_the_front_or_between(data: Path) -> None:
     library = Library.from_str(found.data.decode("utf-8"))
     assert library.encode("<|im_start|>a<mid>b<|im_end|>").tokens[0] == "<|im_start|>"
     assert [library.token_to_id(piece) for piece in pieces] == list(range(len(pieces)))
-    assert (found.bos_id, found.eos_ids) == (-1, (1,))  # gpt2 puts no bos unless told to
+    assert (found.bos_id, found.eos_ids) == (None, (1,))  # gpt2 puts no bos unless told to
     lists["tokenizer.ggml.add_bos_token"] = True
     assert vocabulary.from_gguf(PLACE, lists, []).bos_id == 0
 

@@ -101,4 +101,5 @@ void kernels_avx2(struct kernels *k);
 void kernels_avxvnni(struct kernels *k);
 void kernels_avx512(struct kernels *k);
 void kernels_avx512vnni(struct kernels *k);
+void kernels_evexvnni(struct kernels *k); // avxvnni in AVX-512's encoding: for tests only
 #endif

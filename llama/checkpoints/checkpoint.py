@@ -35,7 +35,7 @@ class Tokenizer:
     kind: TokenizerKind = TokenizerKind.NONE
     data: bytes = b""
     vocab_size: int = 0  # ids it can produce; 0: not known
-    bos_id: int = -1  # -1: no token is put before a text
+    bos_id: int | None = None  # None: no token is put before a text
     eos_ids: tuple[int, ...] = ()
     special: dict[str, int] = field(default_factory=dict)  # of tiktoken ranks
 

@@ -40,7 +40,7 @@ def load(
     bos = _first_id("bos", generation, config, said, ids, vocab_size)
     if not _starts_with_bos(said, tokenizer, jinja):
         bos = []
-    tokenizer.bos_id = bos[0] if bos else -1
+    tokenizer.bos_id = bos[0] if bos else None
     eos = _first_id("eos", generation, config, said, ids, vocab_size)
     end = ids.get(_piece(said, "eos_token"), -1)  # what the template ends a turn with
     if 0 <= end < vocab_size:

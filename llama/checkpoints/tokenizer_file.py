@@ -78,7 +78,7 @@ def _sentencepiece(path: Path, data: bytes) -> Tokenizer:
     if size == 0:
         raise LlamaError(f"{path}: expected a SentencePiece model, found one without pieces")
     ends = (eos,) if eos >= 0 else ()
-    return Tokenizer(TokenizerKind.SENTENCEPIECE, data, size, max(bos, -1), ends)
+    return Tokenizer(TokenizerKind.SENTENCEPIECE, data, size, bos if bos >= 0 else None, ends)
 
 
 def _json(path: Path, data: bytes) -> Tokenizer:

@@ -143,7 +143,7 @@ def _with_ids(
     ends = [token_id(name) for name in ("eos", "eot", "eom")]
     ends += [i for i, piece in enumerate(pieces) if types[i] == CONTROL and piece in TURN_ENDS]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
-    return Tokenizer(kind, data, len(pieces), -1 if bos is None else bos, eos[:8])
+    return Tokenizer(kind, data, len(pieces), bos, eos[:8])
 
 
 def byte_level_json(

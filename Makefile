@@ -1,0 +1,36 @@
+# make run, make test, make bench: each sets up what it needs, once, and prints the plain commands
+# that it runs, so that they can be typed by hand too.
+
+PYTHON ?= python3
+MODEL = bin/chat-llama.bin
+IN = . .venv/bin/activate &&
+SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
+
+.PHONY: run test bench
+run: .venv/requirements build/built $(MODEL)
+	$(IN) python3 run.py "Richard Feynman was a "
+
+test: .venv/requirements-dev build/built
+	$(IN) python3 -m pytest
+
+bench: .venv/requirements build/built $(MODEL)
+	$(IN) python3 -m llama.bench
+
+.venv/bin/python3:
+	$(PYTHON) -m venv .venv
+
+.venv/requirements: requirements.txt | .venv/bin/python3
+	$(IN) pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/requirements-dev: requirements-dev.txt requirements.txt | .venv/bin/python3
+	$(IN) pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ .venv/requirements
+
+build/built: $(SOURCES) | .venv/requirements
+	mkdir -p build
+	$(IN) cd build && cmake .. && cmake --build . --parallel
+	@touch $@
+
+$(MODEL): | .venv/requirements
+	$(IN) python3 export.py

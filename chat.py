@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""Talks with a chat model: a line is a message; /help lists the commands."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    from llama import cli, talk
+
+    parser = cli.Parser(prog="chat.py", description=__doc__)
+    parser.add_argument(
+        "--system", metavar="TEXT", help="what the model is told first (default: its family's own)"
+    )
+    parser.add_argument(
+        "--template", metavar="FAMILY", help="chat template, where the model file names none"
+    )
+    cli.add_sampling_flags(parser, max_tokens=1024)
+    cli.add_model_flags(parser)
+    args = parser.parse_args()
+    return cli.run("chat.py", lambda: talk.talk(args))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,263 @@
+/* kernels_bench.c: times each entry of each kernel set, beside this machine's own limits, measured
+ * in the same run: read bandwidth, FMA and int8 dot-product peaks. Best of several passes, for
+ * one thread and for all. */
+#define _DEFAULT_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include "kernels_check.h"
+
+enum { MOST_THREADS = 64, PASSES = 7 };
+
+typedef void part_work(void *context, size_t part, size_t parts);
+
+struct part {
+    part_work *work;
+    void *context;
+    size_t part, parts;
+};
+
+static void *run_part(void *p)
+{
+    struct part *part = p;
+    part->work(part->context, part->part, part->parts);
+    return NULL;
+}
+
+/* Seconds of the fastest of several passes of WORK, cut in PARTS, each on its thread. */
+static double seconds_of(part_work *work, void *context, size_t parts)
+{
+    double best = 1e9;
+    for (int pass = 0; pass < PASSES; pass++) {
+        pthread_t threads[MOST_THREADS];
+        struct part all[MOST_THREADS];
+        struct timespec start, end;
+        clock_gettime(CLOCK_MONOTONIC, &start);
+        for (size_t i = 0; i < parts; i++) {
+            all[i] = (struct part){work, context, i, parts};
+            if (i > 0)
+                pthread_create(&threads[i], NULL, run_part, &all[i]);
+        }
+        run_part(&all[0]);
+        for (size_t i = 1; i < parts; i++)
+            pthread_join(threads[i], NULL);
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        double time = (double)(end.tv_sec - start.tv_sec)
+                      + (double)(end.tv_nsec - start.tv_nsec) * 1e-9;
+        best = time < best ? time : best;
+    }
+    return best;
+}
+
+/* -- the machine's limits ------------------------------------------------------------------ */
+
+static struct {
+    double bandwidth, fma, dot; // bytes, multiply-adds, int8 multiply-adds a second
+} limits[2];                    // one thread, all threads; 0: not measured
+
+static uint8_t *weights; // as large as any matrix here, larger than the caches
+enum { WEIGHT_BYTES = 512 << 20 };
+
+static void read_memory(void *context, size_t part, size_t parts)
+{
+    size_t words = WEIGHT_BYTES / 8 / parts;
+    const uint64_t *p = (const uint64_t *)weights + part * words;
+    uint64_t sum[16] = {0};
+    for (size_t i = 0; i + 16 <= words; i += 16)
+        for (size_t j = 0; j < 16; j++)
+            sum[j] ^= p[i + j];
+    for (size_t j = 1; j < 16; j++)
+        sum[0] ^= sum[j];
+    ((volatile uint64_t *)context)[part * 8] = sum[0];
+}
+
+#if defined(__x86_64__)
+enum { PEAK_ROUNDS = 4000000 };
+#define TWELVE(op, r, a, b)                                                                        \
+    op(r, 0, a, b) op(r, 1, a, b) op(r, 2, a, b) op(r, 3, a, b) op(r, 4, a, b) op(r, 5, a, b)     \
+    op(r, 6, a, b) op(r, 7, a, b) op(r, 8, a, b) op(r, 9, a, b) op(r, 10, a, b) op(r, 11, a, b)
+#define FMA_OP(r, i, a, b) "vfmadd231ps %%" r #a ", %%" r #b ", %%" r #i "\n"
+#define DOT_OP(r, i, a, b) "vpdpbusd %%" r #a ", %%" r #b ", %%" r #i "\n"
+#define CLOBBERS                                                                                   \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",       \
+        "xmm11", "xmm12", "xmm13"
+
+static void peak_fma(void *wide, size_t part, size_t parts)
+{
+    (void)part, (void)parts;
+    for (int i = 0; i < PEAK_ROUNDS; i++)
+        if (*(int *)wide)
+            __asm__ volatile(TWELVE(FMA_OP, "zmm", 12, 13)::: CLOBBERS);
+        else
+            __asm__ volatile(TWELVE(FMA_OP, "ymm", 12, 13)::: CLOBBERS);
+}
+
+static void peak_dot(void *wide, size_t part, size_t parts)
+{
+    (void)wide, (void)part, (void)parts;
+    for (int i = 0; i < PEAK_ROUNDS; i++)
+        __asm__ volatile(TWELVE(DOT_OP, "zmm", 12, 13)::: CLOBBERS);
+}
+#endif
+
+static void measure_limits(size_t threads)
+{
+    uint64_t sums[MOST_THREADS * 8];
+    for (int all = 0; all < 2; all++) {
+        size_t n = all ? threads : 1;
+        limits[all].bandwidth = WEIGHT_BYTES / seconds_of(read_memory, sums, n);
+#if defined(__x86_64__)
+        int wide = kernels_find("avx512") != NULL;
+        double rounds = 12.0 * PEAK_ROUNDS * (double)n;
+        if (kernels_find("avx2"))
+            limits[all].fma = rounds * (wide ? 16 : 8) / seconds_of(peak_fma, &wide, n);
+        if (kernels_find("avx512vnni"))
+            limits[all].dot = rounds * 64 / seconds_of(peak_dot, &wide, n);
+#endif
+        printf("%2zu thread%s: reads %.1f GB/s, f32 %.1f GMAC/s, int8 %.1f GMAC/s\n", n,
+               n > 1 ? "s" : "", limits[all].bandwidth * 1e-9, limits[all].fma * 1e-9,
+               limits[all].dot * 1e-9);
+    }
+}
+
+/* -- matmul -------------------------------------------------------------------------------- */
+
+struct matmul_job {
+    struct matmul m;
+    size_t strips;
+    void (*entry)(const struct matmul *m, size_t first, size_t last);
+};
+
+static void run_matmul(void *context, size_t part, size_t parts)
+{
+    struct matmul_job *job = context;
+    // in chunks of 8 strips, as a forward pass hands them out
+    for (size_t s = part * 8; s < job->strips; s += parts * 8)
+        job->entry(&job->m, s, s + 8 < job->strips ? s + 8 : job->strips);
+}
+
+/* One line: COLUMNS wide, N tokens, as many rows as fill memory (n = 1) or 768. */
+static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns, size_t n,
+                         size_t threads)
+{
+    void (*entries[])(const struct matmul *, size_t, size_t) = {
+        k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, k->matmul_q4};
+    size_t strip = kind_strip_bytes(kind_find(kind), columns), groups = (columns + 31) / 32;
+    size_t strips = n == 1 ? WEIGHT_BYTES / strip : 48;
+    float *x = malloc(n * columns * sizeof *x), *d = malloc(n * groups * sizeof *d);
+    int8_t *q = malloc(n * groups * GROUP);
+    int32_t *sum = malloc(n * groups * sizeof *sum);
+    float *y = malloc(n * strips * TILE_ROWS * sizeof *y);
+    fill(x, n * columns, 1);
+    for (size_t t = 0; t < n; t++)
+        k->quantize_row(x + t * columns, columns, q + t * groups * 32, d + t * groups,
+                        sum + t * groups);
+    struct input in = {n, columns, x, columns, q, d, sum};
+    struct matmul_job job = {{weights, strip, &in, y, strips * TILE_ROWS}, strips, entries[kind]};
+    printf("%-12s matmul_%-5s %5zu columns, %3zu tokens:", k->isa, kind_find(kind)->name, columns,
+           n);
+    for (int all = 0; all < 2; all++) {
+        double time = seconds_of(run_matmul, &job, all ? threads : 1);
+        double rate = (n == 1 ? (double)(strips * strip)
+                              : (double)(strips * TILE_ROWS * columns * n)) / time;
+        double limit = n == 1 ? limits[all].bandwidth : kind < 3 ? limits[all].fma
+                                                                 : limits[all].dot;
+        printf("  %7.1f %s %3.0f%%", rate * 1e-9, n == 1 ? "GB/s" : "GMAC/s",
+               limit > 0 ? 100 * rate / limit : 0);
+    }
+    printf("\n");
+    fflush(stdout);
+    free(x), free(d), free(q), free(sum), free(y);
+}
+
+/* -- attention and rows, one thread -------------------------------------------------------- */
+
+enum { POSITIONS = 2048, HEAD_DIM = 128, ROW = 4096 };
+
+struct row_job {
+    const struct kernels *k;
+    int entry, n_queries;
+    const uint8_t *pages[POSITIONS / PAGE_POSITIONS];
+    float x[ROW], y[ROW], out[8 * HEAD_DIM], q[8 * HEAD_DIM];
+    int8_t codes[ROW];
+    int32_t sum[ROW / 32];
+};
+
+static void run_row(void *context, size_t part, size_t parts)
+{
+    struct row_job *j = context;
+    const struct kernels *k = j->k;
+    struct attention a = {j->q,     j->out, (size_t)j->n_queries,
+                          HEAD_DIM, j->pages,
+                          0,        PAGE_POSITIONS * HEAD_DIM * (j->entry == 0 ? 4 : 2), POSITIONS};
+    (void)part, (void)parts;
+    for (int i = 0; i < 20; i++)
+        switch (j->entry) {
+        case 0: k->attend_f32(&a); break;
+        case 1: k->attend_f16(&a); break;
+        case 2: k->quantize_row(j->x, ROW, j->codes, j->y, j->sum); break;
+        case 3: k->rms_norm(j->out, j->x, j->y, 8 * HEAD_DIM, 1e-5f); break;
+        case 4: k->rope(j->out, j->x, j->y, HEAD_DIM); break;
+        case 5: k->swiglu(j->y, j->x, ROW); break;
+        case 6: k->add(j->y, j->x, ROW); break;
+        case 7: k->to_f16((uint16_t *)j->out, j->x, HEAD_DIM); break;
+        }
+}
+
+static void bench_rows(const struct kernels *k)
+{
+    static const char *const names[] = {"attend_f32", "attend_f16", "quantize_row", "rms_norm",
+                                        "rope",       "swiglu",     "add",          "to_f16"};
+    static const int elements[] = {0, 0, ROW, 8 * HEAD_DIM, HEAD_DIM, ROW, ROW, HEAD_DIM};
+    static struct row_job job;
+    job.k = k;
+    for (int i = 0; i < POSITIONS / PAGE_POSITIONS; i++)
+        job.pages[i] = weights + (size_t)i * PAGE_POSITIONS * HEAD_DIM * 8;
+    fill(job.q, 8 * HEAD_DIM, 0.1f);
+    fill(job.x, ROW, 1);
+    for (job.entry = 0; job.entry < 8; job.entry++) {
+        printf("%-12s %-12s", k->isa, names[job.entry]);
+        if (job.entry > 1) {
+            fill(job.y, ROW, 1);
+            printf(" %.3f ns an element\n", seconds_of(run_row, &job, 1) * 1e9 / 20
+                                                / elements[job.entry]);
+            continue;
+        }
+        for (job.n_queries = 1; job.n_queries <= 8; job.n_queries *= 2) {
+            double time = seconds_of(run_row, &job, 1) / 20;
+            printf("  %d queries %.1f GB/s %.1f GMAC/s;", job.n_queries,
+                   POSITIONS * HEAD_DIM * (job.entry ? 4 : 8) / time * 1e-9,
+                   2.0 * POSITIONS * HEAD_DIM * job.n_queries / time * 1e-9);
+        }
+        printf("\n");
+    }
+}
+
+void kernels_bench(const char *isa)
+{
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    size_t threads = online < 1 ? 1 : online > MOST_THREADS ? MOST_THREADS : (size_t)online;
+    weights = aligned_alloc(4096, WEIGHT_BYTES);
+    for (size_t i = 0; i < WEIGHT_BYTES / 2; i++) // bytes that are small numbers in any kind
+        ((uint16_t *)weights)[i] = (uint16_t)(0x2c00 + i % 509);
+    measure_limits(threads);
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        if (isa && strcmp(isa, sets[i]->isa) != 0)
+            continue;
+        for (uint32_t kind = 0; kind < 5; kind++)
+            bench_matmul(sets[i], kind, 4096, 1, threads);
+        for (uint32_t kind = 3; kind < 5; kind++) {
+            bench_matmul(sets[i], kind, 576, 1, threads);
+            bench_matmul(sets[i], kind, 4096, 8, threads);
+        }
+        for (uint32_t kind = 0; kind < 5; kind++) {
+            bench_matmul(sets[i], kind, 4096, 64, threads);
+            bench_matmul(sets[i], kind, 4096, 512, threads);
+        }
+        bench_rows(sets[i]);
+    }
+    free(weights);
+}

@@ -1,0 +1,252 @@
+/* kernels_rows.c: the entries that work on one row, and attention. See kernels.c. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include "kernels_check.h"
+
+static const size_t lengths[] = {1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 64, 100, 576, 1001};
+enum { N_LENGTHS = sizeof lengths / sizeof *lengths, N_ROW_SCENES = 8 };
+
+/* Scenes of rows: sizes from subnormal to overflowing, then specials, then one NaN or infinity. */
+static float *make_row(size_t n, int scene)
+{
+    static const float scales[N_ROW_SCENES] = {1, 30, 1e-30f, 1e-39f, 1e20f, 3e38f, 1, 1};
+    float *x = guarded(n * sizeof *x);
+    fill(x, n, scales[scene]);
+    for (size_t i = 0; scene == 6 && i < n; i++)
+        x[i] = random_bits() % 8 ? x[i] : special();
+    if (scene == 7)
+        x[random_bits() % n] = n % 2 ? NAN : -INFINITY;
+    return x;
+}
+
+static float *copy_row(const float *x, size_t n)
+{
+    return memcpy(guarded(n * sizeof *x), x, n * sizeof *x);
+}
+
+static void test_quantize_row(size_t n, int scene)
+{
+    size_t groups = (n + GROUP - 1) / GROUP, wrong = 0;
+    const float *x = make_row(n, scene);
+    int8_t *q = guarded(groups * GROUP);
+    float *d = guarded(groups * sizeof *d);
+    int32_t *sum = guarded(groups * sizeof *sum);
+    sets[n_sets - 1]->quantize_row(x, n, q, d, sum);
+    for (size_t i = 0; i < groups * GROUP; i++) {
+        float scale = d[i / GROUP];
+        wrong += i >= n            ? q[i] != 0
+                 : isnan(scale)    ? q[i] != 0
+                 : scale == 0      ? q[i] != 0 || !(fabsf(x[i]) < 0x1p-100f)
+                                   : fabs(x[i] / (double)scale - q[i]) > 0.5001;
+        sum[i / GROUP] -= q[i];
+    }
+    for (size_t g = 0; g < groups; g++)
+        wrong += sum[g] != 0;
+    check(wrong == 0, "scalar quantize_row %zu, scene %d: %zu wrong", n, scene, wrong);
+    for (size_t i = 0; i < groups * GROUP; i++)
+        sum[i / GROUP] += q[i];
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        int8_t *q2 = guarded(groups * GROUP);
+        float *d2 = guarded(groups * sizeof *d2);
+        int32_t *sum2 = guarded(groups * sizeof *sum2);
+        sets[i]->quantize_row(x, n, q2, d2, sum2);
+        same(sets[i]->isa, "quantize_row d", d, d2, groups);
+        check(memcmp(q, q2, groups * GROUP) == 0 && memcmp(sum, sum2, groups * sizeof *sum) == 0,
+              "%s quantize_row %zu, scene %d: codes differ", sets[i]->isa, n, scene);
+    }
+}
+
+static void test_norm(size_t n, int scene)
+{
+    const float *x = make_row(n, scene), *w = make_row(n, 0), eps = scene % 2 ? 1e-5f : 0x1p-20f;
+    float *want = guarded(n * sizeof *want);
+    double sum = 0;
+    size_t bad = 0;
+    sets[n_sets - 1]->rms_norm(want, x, w, n, eps);
+    for (size_t i = 0; i < n; i++)
+        sum += (double)x[i] * x[i];
+    for (size_t i = 0; i < n && scene < 4; i++) {
+        double value = w[i] * (x[i] / sqrt(sum / (double)n + eps));
+        bad += !near(value, want[i], fabs(value) * 1e-5 + 1e-44);
+    }
+    check(bad == 0, "scalar rms_norm %zu, scene %d: %zu off", n, scene, bad);
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        float *got = guarded(n * sizeof *got);
+        sets[i]->rms_norm(got, x, w, n, eps);
+        same(sets[i]->isa, "rms_norm", want, got, n);
+    }
+}
+
+static void test_rope(size_t n, int scene)
+{
+    const float *x = make_row(n, scene), *cos = make_row(n / 2, 0), *sin = make_row(n / 2, 0);
+    float *want = copy_row(x, n);
+    size_t bad = 0;
+    sets[n_sets - 1]->rope(want, cos, sin, n);
+    for (size_t i = 0; i < n && scene < 5; i++) {
+        double a = x[i & ~(size_t)1], b = x[i | 1];
+        double value = i & 1 ? a * sin[i / 2] + b * cos[i / 2] : a * cos[i / 2] - b * sin[i / 2];
+        bad += !near(value, want[i], (fabs(a) + fabs(b)) * 2e-7 + 1e-44);
+    }
+    check(bad == 0, "scalar rope %zu, scene %d: %zu off", n, scene, bad);
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        float *got = copy_row(x, n);
+        sets[i]->rope(got, cos, sin, n);
+        same(sets[i]->isa, "rope", want, got, n);
+    }
+}
+
+static void test_elements(size_t n, int scene)
+{
+    const float *x = make_row(n, scene), *y = make_row(n, scene == 6 ? 6 : 0);
+    float *gated = copy_row(x, n), *added = copy_row(x, n);
+    uint16_t *half = guarded(n * sizeof *half);
+    size_t bad = 0;
+    sets[n_sets - 1]->swiglu(gated, y, n);
+    sets[n_sets - 1]->add(added, y, n);
+    sets[n_sets - 1]->to_f16(half, x, n);
+    for (size_t i = 0; i < n && scene < 6; i++) {
+        double gate = x[i] / (1 + exp(-(double)x[i])) * y[i];
+        bad += !near(gate, gated[i], fabs(gate) * 1e-6 + 1e-36);
+        bad += !near(x[i] + y[i], added[i], 0);
+        bad += half[i] != f32_to_f16(x[i]);
+    }
+    check(bad == 0, "scalar swiglu, add, to_f16 %zu, scene %d: %zu off", n, scene, bad);
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        float *got = copy_row(x, n);
+        uint16_t *got_half = guarded(n * sizeof *half);
+        size_t differ = 0;
+        sets[i]->swiglu(got, y, n);
+        same(sets[i]->isa, "swiglu", gated, got, n);
+        got = copy_row(x, n);
+        sets[i]->add(got, y, n);
+        same(sets[i]->isa, "add", added, got, n);
+        sets[i]->to_f16(got_half, x, n);
+        for (size_t j = 0; j < n; j++)
+            differ += half[j] != got_half[j] && !(isnan(x[j]) && isnan(f16_to_f32(got_half[j])));
+        check(differ == 0, "%s to_f16 %zu, scene %d: %zu differ", sets[i]->isa, n, scene, differ);
+    }
+}
+
+void test_rows(void)
+{
+    for (int i = 0; i < N_LENGTHS; i++)
+        for (int scene = 0; scene < N_ROW_SCENES; scene++) {
+            test_quantize_row(lengths[i], scene);
+            release_all();
+            test_norm(lengths[i], scene);
+            release_all();
+            if (lengths[i] % 2 == 0)
+                test_rope(lengths[i], scene);
+            release_all();
+            test_elements(lengths[i], scene);
+            release_all();
+        }
+}
+
+/* -- attention ----------------------------------------------------------------------------- */
+
+struct shape {
+    size_t n_queries, head_dim, n_positions;
+};
+
+/* Random pages, each ending where memory does; positions past the last hold NaN. With SPECIALS
+ * one value of the last position's key, or of its value, is not finite. */
+static const uint8_t **make_pages(struct shape s, int f16, size_t *v_offset, int specials)
+{
+    size_t n_pages = (s.n_positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS, size = f16 ? 2 : 4;
+    size_t half = PAGE_POSITIONS * s.head_dim;
+    const uint8_t **pages = guarded(n_pages * sizeof *pages);
+    *v_offset = half * size;
+    for (size_t i = 0; i < n_pages; i++) {
+        uint8_t *page = guarded(2 * half * size);
+        pages[i] = page;
+        for (size_t p = 0; p < PAGE_POSITIONS && i * PAGE_POSITIONS + p < s.n_positions; p++)
+            for (size_t c = 0; c < 2 * s.head_dim; c++) {
+                size_t k = (p / 16 * s.head_dim + c) * 16 + p % 16;
+                size_t at = c < s.head_dim ? k : half + p * s.head_dim + c - s.head_dim;
+                float x = uniform() * 2;
+                if (specials && i * PAGE_POSITIONS + p + 1 == s.n_positions)
+                    x = c == (specials == 1 ? 0 : s.head_dim) ? special() : x;
+                uint16_t bits = f32_to_f16(x);
+                memcpy(page + at * size, f16 ? (void *)&bits : (void *)&x, size);
+            }
+    }
+    return pages;
+}
+
+static float element(const uint8_t *at, size_t i, int f16)
+{
+    uint16_t half;
+    float x;
+    memcpy(&half, at + 2 * i, f16 ? sizeof half : 0);
+    memcpy(&x, at + 4 * i, f16 ? 0 : sizeof x);
+    return f16 ? f16_to_f32(half) : x;
+}
+
+/* softmax(q k) v in double, the plain way: the number of elements that are off. */
+static size_t wrong_attention(const struct attention *a, int f16)
+{
+    size_t wrong = 0, n = a->head_dim;
+    double s[512], out[128];
+    for (size_t h = 0; h < a->n_queries; h++) {
+        double most = -INFINITY, sum = 0;
+        for (size_t p = 0; p < a->n_positions; p++) {
+            const uint8_t *k = a->pages[p / PAGE_POSITIONS] + a->k_offset;
+            size_t lane = p % PAGE_POSITIONS;
+            s[p] = 0;
+            for (size_t i = 0; i < n; i++)
+                s[p] += a->q[h * n + i] * element(k, (lane / 16 * n + i) * 16 + lane % 16, f16);
+            most = s[p] > most ? s[p] : most;
+        }
+        memset(out, 0, sizeof out);
+        for (size_t p = 0; p < a->n_positions; p++) {
+            const uint8_t *v = a->pages[p / PAGE_POSITIONS] + a->v_offset;
+            double w = exp(s[p] - most);
+            sum += w;
+            for (size_t i = 0; i < n; i++)
+                out[i] += w * element(v, p % PAGE_POSITIONS * n + i, f16);
+        }
+        for (size_t i = 0; i < n; i++)
+            wrong += !near(out[i] / sum, a->out[h * n + i], 1e-5);
+    }
+    return wrong;
+}
+
+static void test_attend(struct shape s, int f16, int specials)
+{
+    char what[128];
+    size_t size = s.n_queries * s.head_dim, v_offset;
+    float *q = guarded(size * sizeof *q), *want = guarded(size * sizeof *want);
+    fill(q, size, specials == 3 ? 1e30f : 1);
+    const uint8_t **pages = make_pages(s, f16, &v_offset, specials % 3);
+    struct attention a = {q, want, s.n_queries, s.head_dim, pages, 0, v_offset, s.n_positions};
+    const struct kernels *scalar = sets[n_sets - 1];
+    (f16 ? scalar->attend_f16 : scalar->attend_f32)(&a);
+    snprintf(what, sizeof what, "attend_%s %zu queries, head_dim %zu, %zu positions, scene %d",
+             f16 ? "f16" : "f32", s.n_queries, s.head_dim, s.n_positions, specials);
+    if (!specials) {
+        size_t wrong = wrong_attention(&a, f16);
+        check(wrong == 0, "scalar %s: %zu off", what, wrong);
+    }
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        a.out = guarded(size * sizeof *a.out);
+        (f16 ? sets[i]->attend_f16 : sets[i]->attend_f32)(&a);
+        same(sets[i]->isa, what, want, a.out, size);
+    }
+    release_all();
+}
+
+void test_attention(void)
+{
+    static const size_t queries[] = {1, 2, 3, 4, 7, 8}, dims[] = {2, 6, 8, 64, 80, 128},
+                        positions[] = {1, 15, 16, 17, 31, 32, 33, 64, 100, 321};
+    for (size_t q = 0; q < 6; q++)
+        for (size_t d = 0; d < 6; d++)
+            for (size_t p = 0; p < 10; p++)
+                for (int f16 = 0; f16 < 2; f16++)
+                    for (int specials = 0; specials < (d % 2 ? 1 : 4); specials++)
+                        test_attend((struct shape){queries[q], dims[d], positions[p]}, f16,
+                                    specials);
+}
