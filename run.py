@@ -14,7 +14,9 @@ def main() -> int:
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the text to complete (default: stdin's)"
     )
-    parser.add_argument("--echo", action="store_true", help="print the prompt before its completion")
+    parser.add_argument(
+        "--echo", action="store_true", help="print the prompt before its completion"
+    )
     parser.add_argument("--ids", metavar="N,N,...", help="token ids in place of a text")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl",

@@ -268,6 +268,23 @@ static int read_meta(struct file *f, const uint8_t *p, uint64_t left, llama_meta
     return 0;
 }
 
+static int order_keys(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static int check_keys(const struct file *f) {
+    const char **keys = malloc((f->n_metas + 1) * sizeof *keys);
+    if (!keys) return fail("%s: out of memory", f->path);
+    int rc = 0;
+    for (size_t i = 0; i < f->n_metas; i++) keys[i] = f->metas[i].key;
+    qsort(keys, f->n_metas, sizeof *keys, order_keys);
+    for (size_t i = 1; i < f->n_metas && !rc; i++)
+        if (!strcmp(keys[i - 1], keys[i]))
+            rc = fail("%s: damaged: two meta entries are called %s", f->path, keys[i]);
+    free(keys);
+    return rc;
+}
+
 static int read_metas(struct file *f) {
     const uint8_t *h = f->base;
     uint64_t header_bytes = u64(h + 16), at = u64(h + 40), bytes = u64(h + 48);
@@ -295,7 +312,7 @@ static int read_metas(struct file *f) {
         return fail("%s: tokenizer kind %u with %zu bytes is not known to this program", f->path,
                     u32(h + 72), f->tokenizer_bytes);
     f->tokenizer = h + start;
-    return 0;
+    return check_keys(f);
 }
 
 int file_open(struct file *f, const char *path) {

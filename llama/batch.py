@@ -92,7 +92,8 @@ class Slots:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._given: deque[Slot] = deque()  # back from their users, not yet among the idle
         self._free = list(range(engine.MAX_SEQUENCES - 1, -1, -1))
         self._idle: list[Slot] = []
         self._busy: list[Slot] = []
@@ -102,24 +103,24 @@ class Slots:
         """How many of PROMPT's first tokens are computed already, and where. Never all of them:
         the last one must be computed to have its logits."""
         with self._lock:
-            best, found = 0, None
-            for slot in [*self._idle, *self._busy]:
-                n = common_prefix(slot.tokens, prompt, len(prompt) - 1)
-                if n > best:
-                    best, found = n, slot
-            return best, found
+            return self._longest(prompt)
 
     def take(self, prompt: Sequence[int], reuse: bool = True) -> Slot:
         """A sequence that holds as much of PROMPT's beginning as any does."""
         with self._lock:
-            n, best = self.longest(prompt) if reuse else (0, None)
-            if best in self._idle and n == len(best.tokens):
+            self._collect()
+            n, best = self._longest(prompt) if reuse else (0, None)
+            if best is not None and best in self._idle and n == len(best.tokens):
                 self._idle.remove(best)  # it would be continued: nothing is lost
                 slot = best
             else:
                 slot = self._fresh(best)
                 if best is not None:
-                    self._engine.fork(best.number, slot.number, n)
+                    try:
+                        self._engine.fork(best.number, slot.number, n)
+                    except LlamaError:
+                        self._free.append(slot.number)
+                        raise
                     slot.tokens = best.tokens[:n]
                     self._touch(best)
             self._busy.append(slot)
@@ -130,9 +131,18 @@ class Slots:
 
     def give(self, slot: Slot) -> None:
         """The sequence is idle now; what it holds may be of use later."""
-        with self._lock:
-            if slot not in self._busy:
-                return
+        self._given.append(slot)
+        # The garbage collector may end a dropped stream at any moment, even inside take(): then
+        # the lock is held by this very thread, and the next to come collects.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        while self._given:
+            slot = self._given.popleft()
             self._busy.remove(slot)
             self._idle.append(slot)
             self._touch(slot)
@@ -141,6 +151,14 @@ class Slots:
                 len(self._idle) > MAX_IDLE or held > self._engine.max_seq_len
             ):
                 held -= len(self._forget(slot).tokens)
+
+    def _longest(self, prompt: Sequence[int]) -> tuple[int, Slot | None]:
+        best, found = 0, None
+        for slot in [*self._idle, *self._busy]:
+            n = common_prefix(slot.tokens, prompt, len(prompt) - 1)
+            if n > best:
+                best, found = n, slot
+        return best, found
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
@@ -259,9 +277,7 @@ class Batches:
             self._count(plan, positions, time.perf_counter() - began)
         return chosen
 
-    def _count(
-        self, plan: list[tuple[Job, int]], positions: list[int], seconds: float
-    ) -> None:
+    def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
         counters = self.counters
         total = sum(count for _, count in plan)
         decoding = sum(count for job, count in plan if len(job.ids) > job.n_prompt)

@@ -92,7 +92,9 @@ def add_model_flags(parser: Parser) -> None:
         "--max-seq-len", type=int, metavar="N", help="context length (default: the model's own)"
     )
     group.add_argument("--kv", metavar="KIND", help="how to keep keys and values: f32 or f16")
-    group.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best there are)")
+    group.add_argument(
+        "--isa", metavar="NAME", help="the CPU kernels (default: the best there are)"
+    )
     group.add_argument(
         "--show-prompt", action="store_true", help="print every token of the prompt to stderr"
     )
@@ -188,7 +190,7 @@ def step_bytes(config: Any) -> float:
     if config.tied:
         return float(config.weight_bytes)
     bits = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8.5, "q4": 4.5}.get(config.dtype, 16)
-    return float(config.weight_bytes) - config.vocab_size * config.dim * bits / 8
+    return float(config.weight_bytes - config.vocab_size * config.dim * bits / 8)
 
 
 def text_of(argument: str) -> str:

@@ -57,9 +57,7 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
     say(speed_line(llm))
 
 
-def _many(
-    llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace
-) -> None:
+def _many(llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace) -> None:
     if args.show_prompt:
         for prompt in prompts:
             show_prompt(llm, llm.prompt_ids(prompt))
@@ -101,9 +99,7 @@ def parse_ids(text: str) -> list[int]:
         raise LlamaError(f"--ids must be whole numbers, found {text!r}") from None
 
 
-def read_prompts(
-    path: Path, params: SamplingParams
-) -> tuple[list[Prompt], list[SamplingParams]]:
+def read_prompts(path: Path, params: SamplingParams) -> tuple[list[Prompt], list[SamplingParams]]:
     """The prompts of a JSON Lines file and their parameters: PARAMS and what a line changes."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llama._lib import check, ffi, lib
+from llama.config import ROPE_COUNTS, Rope
 from llama.config import Config as Shape
-from llama.config import Rope
 from llama.errors import LlamaError
 from llama.quant import Kind
 from llama.sampling import SamplingParams
@@ -119,14 +119,14 @@ class Model:
     def config(self) -> Config:
         c = ffi.new("llama_config *")
         lib.llama_get_config(self.handle, c)
-        counts = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4}
         scaling = Rope(c.rope_scaling)
         return Config(
             vocab_size=c.vocab_size, dim=c.dim, hidden_dim=c.hidden_dim, head_dim=c.head_dim,
             n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
             max_seq_len=c.max_seq_len, norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-            rope_scaling=scaling, rope_numbers=tuple(c.rope_numbers)[: counts[scaling]],
-            tied=bool(c.tied), bos_id=c.bos_id if c.bos_id >= 0 else None, eos_ids=tuple(c.eos_ids)[: c.n_eos],
+            rope_scaling=scaling, rope_numbers=tuple(c.rope_numbers)[: ROPE_COUNTS[scaling]],
+            tied=bool(c.tied), bos_id=None if c.bos_id < 0 else c.bos_id,
+            eos_ids=tuple(c.eos_ids)[: c.n_eos],
             dtype=Kind(c.kind).label, file_bytes=c.file_bytes, weight_bytes=c.weight_bytes,
         )  # fmt: skip
 

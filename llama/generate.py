@@ -139,14 +139,14 @@ class Llama:
     # --- text in, text out
 
     @overload
-    def generate(self, prompt: str, params: SamplingParams | None = None) -> Result: ...
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Result: ...
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]],
+        self, prompt: list[str] | list[list[int]] | list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Result]: ...  # fmt: skip
-    @overload
-    def generate(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Result: ...
 
     def generate(self, prompt: Any, params: Any = None) -> Any:
         """Completes PROMPT (text or token ids), or a list of prompts together in one batch, each

@@ -32,9 +32,10 @@ def cpu_name() -> str:
     """The CPU's model, as its maker writes it where the system tells."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            facts = dict(
-                (part.strip() for part in line.split(":", 1)) for line in file if ":" in line
-            )
+            facts: dict[str, str] = {}
+            for line in file:
+                key, _, value = line.partition(":")
+                facts[key.strip()] = value.strip()
         for key in ("model name", "Model", "CPU part"):
             if facts.get(key):
                 return facts[key]

@@ -48,7 +48,7 @@ class Transformer:
         file = read(path)
         self.config: Config = file.config
         self.dtype = dtype
-        self.weights = {name: torch.from_numpy(w).to(dtype) for name, w in file.tensors.items()}
+        self.weights = {name: torch.tensor(w, dtype=dtype) for name, w in file.tensors.items()}
         self.frequencies = rope_frequencies(file.config)
 
     @torch.inference_mode()

@@ -73,6 +73,10 @@ class Talk:
             self._fit()
             if self.show:
                 show_prompt(self.llm, self.llm.template.encode(self.messages()))
+                if self.llm.template.family == "jinja":
+                    say("warning: a chat template of no known family; it is the file's own")
+                if not self.llm.template.stop_ids:
+                    say("warning: no token ends an answer; only --max_tokens and --stop do")
             stream = self.llm.stream_chat(self.messages(), self.params)
             with cancelling(stream):
                 self._print(stream)

@@ -204,7 +204,9 @@ class JinjaTemplate:
             from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise LlamaError("this model brings its own chat template: pip install jinja2") from None
+            raise LlamaError(
+                "this model brings its own chat template: pip install jinja2"
+            ) from None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -259,7 +261,9 @@ class JinjaTemplate:
             )  # fmt: skip
         except (self._error, TypeError, ValueError, KeyError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
-            raise LlamaError(f"the model's chat template refuses these messages: {reason}") from None
+            raise LlamaError(
+                f"the model's chat template refuses these messages: {reason}"
+            ) from None
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:

@@ -287,7 +287,7 @@ class HuggingFace(Tokenizer):
 
         try:
             loaded = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # noqa: BLE001 (the library raises no narrower kind)
+        except Exception as error:  # the library raises no narrower kind
             raise LlamaError(f"tokenizer.json cannot be read: {error}") from None
         loaded.no_truncation()
         loaded.no_padding()

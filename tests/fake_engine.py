@@ -35,7 +35,9 @@ def byte_tokenizer() -> bytes:
 class FakeEngine:
     MAX_SEQUENCES = 256
 
-    def __init__(self, max_seq_len: int = 64, *, script: bytes | None = None, **config: Any) -> None:
+    def __init__(
+        self, max_seq_len: int = 64, *, script: bytes | None = None, **config: Any
+    ) -> None:
         """SCRIPT: what every sequence says, byte by byte, by position; else it babbles ASCII."""
         self.max_seq_len = max_seq_len
         self.config = SimpleNamespace(
@@ -77,7 +79,9 @@ class FakeEngine:
         try:
             assert not self.closed
             self.before_forward()
-            rows = list(zip(tokens, sequences, positions, want or [False] * len(tokens), strict=True))
+            rows = list(
+                zip(tokens, sequences, positions, want or [False] * len(tokens), strict=True)
+            )
             assert 0 < len(rows) <= 256
             if self.fail_at == len(self.calls):
                 self.fail_at = None

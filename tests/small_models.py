@@ -9,6 +9,7 @@ with the readers under test.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ HF_REST = {
 
 def config(**changes: Any) -> Config:
     """A shape with nothing round about it, that 4 shards can still cut."""
-    base: dict[str, Any] = dict(
+    base = Config(
         vocab_size=44, dim=24, hidden_dim=76, head_dim=6, n_layers=2, n_heads=4, n_kv_heads=4,
         max_seq_len=32, norm_eps=1e-5, rope_theta=10000.0,
     )  # fmt: skip
-    return Config(**(base | changes))
+    return replace(base, **changes)
 
 
 def weights(shape: Config, dtype: str = "f32", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -171,7 +172,11 @@ def forward(model: Bin, tokens: list[int]) -> np.ndarray:
 
 
 def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, **more: Any) -> Path:
-    """A .bin of random weights, of a float kind; MORE goes to the Writer."""
+    """A .bin of random weights, of a float kind; MORE goes to the Writer.
+
+    Sizes are as training leaves them: each product keeps its input's size, so that attention is
+    neither flat nor stuck to one token.
+    """
     rng = np.random.default_rng(seed)
     records = [
         Record(name, kind if len(size) == 2 else Kind.F32, size)
@@ -179,7 +184,10 @@ def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, *
     ]
     with Writer(path, shape, records, **more) as writer:
         for record in records:
-            writer.write(record.name, 0.5 * rng.standard_normal(record.shape, np.float32))
+            values = rng.standard_normal(record.shape, np.float32)
+            vector = len(record.shape) == 1
+            values = 1 + values / 5 if vector else values / np.float32(record.columns**0.5)
+            writer.write(record.name, values)
     return path
 
 
@@ -188,10 +196,7 @@ def quantized(path: Path, out: Path, kind: Kind) -> Path:
     from llama.engine import Model
 
     with Model(path) as model:
-        c = model.config
-        sizes = {name: getattr(c, name) for name in Config.__dataclass_fields__}
-        bos_id = -1 if c.bos_id is None else c.bos_id
-        shape = Config(**(sizes | {"bos_id": bos_id}))
+        shape = Config(**{name: getattr(model.config, name) for name in Config.__match_args__})
         records = [
             Record(t.name, kind if len(t.shape) == 2 else Kind.F32, t.shape) for t in model.tensors
         ]
@@ -234,8 +239,9 @@ def transformers_llama(shape: Config, dtype: str = "f32", seed: int = 0) -> Any:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            spread = 0.1 if "norm" in name else 0.5 if "embed" in name else weight.shape[1] ** -0.5
-            weight.normal_(1.0 if "norm" in name else 0.0, 2 * spread)
-            if "norm" not in name:
+            if "norm" in name:
+                weight.normal_(1.0, 0.2)
+            else:
+                weight.normal_(0.0, weight.shape[1] ** -0.5)
                 weight.copy_(weight.to(DTYPES[dtype]))
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -81,7 +82,7 @@ def test_stats_count(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(capsys: pytest.CaptureFixture[str]) -> None:
-    talk, engine = open_talk(256, SamplingParams(temperature=0.0, max_tokens=20), system="S!")
+    talk, _ = open_talk(256, SamplingParams(temperature=0.0, max_tokens=20), system="S!")
     for n in range(12):
         talk.line(f"question {n} " + "x" * 20)
         roles = [m["role"] for m in talk.messages()]
@@ -219,10 +220,8 @@ class Terminal:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             if select.select([self.fd], [], [], 0.05)[0]:
-                try:
+                with contextlib.suppress(OSError):
                     os.read(self.fd, 65536)
-                except OSError:
-                    pass
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 os.close(self.fd)
@@ -233,8 +232,9 @@ class Terminal:
 
 def test_at_a_terminal(tiny: Path) -> None:
     terminal = Terminal(
-        ROOT / "chat.py", "--bin", tiny, "--type=greedy", "--max_tokens=100000", "--max-seq-len=100000"
-    )
+        ROOT / "chat.py", "--bin", tiny, "--type=greedy", "--max_tokens=100000",
+        "--max-seq-len=100000",
+    )  # fmt: skip
     terminal.wait_for(r"tiny \(f32, chatml, context 100000\)")
     terminal.wait_for(">")
     terminal.send("half a line\x03")  # Ctrl-C clears it

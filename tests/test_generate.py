@@ -173,7 +173,7 @@ def test_max_tokens_and_the_contexts_end() -> None:
     assert (result.finish_reason, result.text, result.token_ids) == ("length", "", [])
     with pytest.raises(LlamaError, match="33 tokens and the context holds 32"):
         llm.generate("x" * 33, GREEDY)
-    with pytest.raises(LlamaError, match="prompt 1: .*33 tokens"):
+    with pytest.raises(LlamaError, match=r"prompt 1: .*33 tokens"):
         llm.generate(["x", "x" * 33], GREEDY)
 
 
@@ -332,7 +332,9 @@ def test_threads_share_one_llama() -> None:
     results: dict[int, Any] = {}
 
     def work(n: int) -> None:
-        results[n] = llm.generate([f"{n} a", f"{n} b"], SamplingParams(temperature=0.0, max_tokens=30))
+        results[n] = llm.generate(
+            [f"{n} a", f"{n} b"], SamplingParams(temperature=0.0, max_tokens=30)
+        )
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:

@@ -78,11 +78,13 @@ def test_methods_and_flags(stories: Path) -> None:
     flags = ["--bin", stories, "--max_tokens", 30, "--threads", 1, "One day"]
     texts = {}
     for method in ("greedy", "temperature", "top_k", "top_p"):
-        done = run(*flags, "--type", method, "--seed", 7, "--temperature", 0 if method == "greedy" else 1.4)
+        done = run(
+            *flags, "--type", method, "--seed", 7, "--temperature", 0 if method == "greedy" else 1.4
+        )
         assert done.returncode == 0
         texts[method] = done.stdout
     assert texts["temperature"] != texts["greedy"]
-    again = run(*flags, "--type=top-p".replace("top-p", "top_p"), "--seed=7", "--temperature=1.4")
+    again = run(*flags, "--type=top_p", "--seed=7", "--temperature=1.4")
     assert again.stdout == texts["top_p"]
     assert run(*flags, "--temperature=0").stdout == texts["greedy"]
     assert run(*flags, "--type=top_k", "--top-k=1", "--seed=3").stdout == texts["greedy"]
@@ -108,7 +110,9 @@ def test_many_prompts(stories: Path, tmp_path: Path) -> None:
     assert found[0] == found[4]
     assert found[1]["completion_tokens"] == 3
     assert found[2]["finish_reason"] == "stop" and "girl" not in found[2]["text"]
-    seeded = run("--bin", stories, "--max_tokens=25", "--temperature=1.0", "--seed=5", "--top_p=0.9", "")
+    seeded = run(
+        "--bin", stories, "--max_tokens=25", "--temperature=1.0", "--seed=5", "--top_p=0.9", ""
+    )
     assert found[3]["text"] + "\n" == seeded.stdout
     assert "prompt " in done.stderr and "decode " in done.stderr
 
@@ -236,7 +240,7 @@ def test_no_prompt_at_a_terminal() -> None:
 def test_help() -> None:
     done = run("--help")
     assert done.returncode == 0 and done.stderr == ""
-    for flag in ("--type", "--top_p", "--seed", "--stop", "--threads", "--max-seq-len", "--prompts"):
+    for flag in ("--type", "--top_p", "--seed", "--stop", "--max-seq-len", "--prompts"):
         assert flag in done.stdout
 
 

@@ -17,7 +17,6 @@ from llama.errors import LlamaError
 from llama.sampling import NAMES, SamplingParams, params_from
 
 
-
 def draw(
     logits: NDArray[np.float32], params: SamplingParams, seen: Any = (), completion: int = 0,
     position: int = 0,
@@ -195,7 +194,9 @@ def test_drawn_tokens_are_kept_tokens(
     p = numpy_probabilities(logits, params, seen)
     # a token on the very edge of the kept set may fall either way in float32
     loose = numpy_probabilities(
-        logits, dataclasses.replace(params, top_p=min(1.0, top_p * 1.0001), min_p=min_p * 0.9999), seen
+        logits,
+        dataclasses.replace(params, top_p=min(1.0, top_p * 1.0001), min_p=min_p * 0.9999),
+        seen,
     )
     for position in range(20):
         token = draw(logits, params, seen, position=position)

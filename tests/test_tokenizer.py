@@ -23,17 +23,20 @@ LLAMA3 = {"vocab_size": 128256, "bos_id": 128000, "eos_ids": [128001, 128009]}
 def torture() -> list[str]:
     """Texts that tokenizers get wrong."""
     texts = [
-        "", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\t\t\n \t", "a", " a", "a ", "  a  b   c",
-        "\0", "a\0b", "\0\0", "\x01\x02\x7f", "0", "12", "123", "1234", "12345678901234567890", "3.14159",
-        "1,000,000.00", "don't DON'T we'll WE'LL I'm y'all're 'tis they've he'd 's 'S",
-        "x" * 1000, "supercalifragilistic" * 40, "ab" * 500, " " * 300, "\n" * 100, "=" * 77, "!?" * 30,
-        "👩‍👩‍👧‍👦", "🏳️‍🌈🧑🏿‍🚀🇩🇪🇯🇵", "👍🏽 ok", "שלום עולם", "مرحبا بالعالم", "אב‎ab‏גד", "e\u0301 ñ n\u0303 Å A\u030a", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L",
-        "你好，世界！", "こんにちは　世界", "안녕하세요", "ไทยภาษา", "हिन्दी में", "ភាសាខ្មែរ", "Ⅷ ½ ²³ ﬁ ﬀ Ǆ ß ẞ İ ı", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚𝟛",
-        "\ufeffBOM", "\u200b\u200c\u200d\u2060", "a\u00a0b\u2003c\u3000d\u2028e\u2029f\u0085g", "\u2581", "▁▁a", "a▁b",
-        "<s>", "</s>", "<unk>", "a<s>b</s>", "<0x41>", "<0x0A>", "<|begin_of_text|>", "<|eot_id|><|im_end|>",
-        "[INST] <<SYS>>", "def f(x):\n    return x  # ok\n\n\n", "http://a.b/c?d=e&f=%20", "\\n \\t \"'`", "$€£¥₿",
-        "\ufffd", "\uffff", "\U0010ffff", "\ue000", "ab\ud7ffcd", "CamelCaseWORDSandNumbers123mixed456",
-        "the cat sat on the mat. " * 20,
+        "", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\t\t\n \t", "a", " a", "a ",
+        "  a  b   c", "\0", "a\0b", "\0\0", "\x01\x02\x7f", "0", "12", "123", "1234",
+        "12345678901234567890", "3.14159", "1,000,000.00",
+        "don't DON'T we'll WE'LL I'm y'all're 'tis they've he'd 's 'S", "x" * 1000,
+        "supercalifragilistic" * 40, "ab" * 500, " " * 300, "\n" * 100, "=" * 77, "!?" * 30,
+        "👩‍👩‍👧‍👦", "🏳️‍🌈🧑🏿‍🚀🇩🇪🇯🇵", "👍🏽 ok", "שלום עולם", "مرحبا بالعالم", "אב‎ab‏גד",
+        "e\u0301 ñ n\u0303 Å A\u030a", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L", "你好，世界！",
+        "こんにちは　世界", "안녕하세요", "ไทยภาษา", "हिन्दी में", "ភាសាខ្មែរ",
+        "Ⅷ ½ ²³ ﬁ ﬀ Ǆ ß ẞ İ ı", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚𝟛", "\ufeffBOM", "\u200b\u200c\u200d\u2060",
+        "a\u00a0b\u2003c\u3000d\u2028e\u2029f\u0085g", "\u2581", "▁▁a", "a▁b", "<s>", "</s>",
+        "<unk>", "a<s>b</s>", "<0x41>", "<0x0A>", "<|begin_of_text|>", "<|eot_id|><|im_end|>",
+        "[INST] <<SYS>>", "def f(x):\n    return x  # ok\n\n\n", "http://a.b/c?d=e&f=%20",
+        "\\n \\t \"'`", "$€£¥₿", "\ufffd", "\uffff", "\U0010ffff", "\ue000", "ab\ud7ffcd",
+        "CamelCaseWORDSandNumbers123mixed456", "the cat sat on the mat. " * 20,
     ]  # fmt: skip
     texts += [chr(code) for code in range(256)]
     texts += ["".join(map(chr, range(256))), " ".join(map(chr, range(256)))]
@@ -211,8 +214,8 @@ def test_very_long_inputs_are_cut_as_meta_cuts_them(ranks: Tokenizer) -> None:
     from llama.tokenizer import _bounded
 
     long = [
-        "a" * 25_001, "x " * 13_000, " " * 60_000 + "a" * 60_000, "ab" * 210_000, "\n" * 25_000 + "b",
-        "word " * 90_000, ("y" * 25_000 + " ") * 3,
+        "a" * 25_001, "x " * 13_000, " " * 60_000 + "a" * 60_000, "ab" * 210_000,
+        "\n" * 25_000 + "b", "word " * 90_000, ("y" * 25_000 + " ") * 3,
     ]  # fmt: skip
     for text in long:
         parts = list(_bounded(text))
@@ -251,7 +254,8 @@ def test_bos_and_eos(each: Tokenizer) -> None:
 
 
 def test_pieces_for_display(sentence: Tokenizer, ranks: Tokenizer) -> None:
-    assert [sentence.piece(t) for t in (1, 2, 3 + 0xE2, 15043)] == ["<s>", "</s>", "\\xe2", " Hello"]
+    pieces = [sentence.piece(token) for token in (1, 2, 3 + 0xE2, 15043)]
+    assert pieces == ["<s>", "</s>", "\\xe2", " Hello"]
     assert ranks.piece(128009) == "<|eot_id|>"
 
 
@@ -331,7 +335,9 @@ def test_a_wrong_pairing_is_refused(data: Path, kind: str, file: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "json", "tiktoken"])
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\0" * 100, b"{}", b"AAAA x\n", b"AA 1 2\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", b"\0" * 100, b"{}", b"AAAA x\n", b"AA 1 2\n"]
+)
 def test_broken_tokenizers_are_one_line(kind: str, content: bytes) -> None:
     try:
         open_tokenizer(kind, content, 512, None, [], {})
@@ -343,7 +349,7 @@ def test_broken_tokenizers_are_one_line(kind: str, content: bytes) -> None:
 
 def test_special_must_be_a_table(data: Path) -> None:
     for bad in ("", "[]", '{"a": "b"}', '{"a": -1}', 5):
-        with pytest.raises(LlamaError, match="tokenizer.special must be JSON"):
+        with pytest.raises(LlamaError, match=r"tokenizer\.special must be JSON"):
             open_tokenizer("tiktoken", b"QQ== 0\n", 512, None, [], {"tokenizer.special": bad})
 
 

@@ -21,9 +21,7 @@ def write(path: Path, family: str | None = "chatml", tokenizer: bool = True) -> 
     """A .bin at PATH whose random babble never ends by itself: the control tokens' rows are
     zero, and the logits of some bytes are not."""
     rng = np.random.default_rng(3)
-    records = [
-        Record(name, Kind.F32, shape) for name, shape in expected_tensors(CONFIG).items()
-    ]
+    records = [Record(name, Kind.F32, shape) for name, shape in expected_tensors(CONFIG).items()]
     meta = {"general.name": "tiny"} | ({"template.family": family} if family else {})
     kind = (TokenizerKind.JSON, byte_tokenizer()) if tokenizer else (TokenizerKind.NONE, b"")
     with Writer(path, CONFIG, records, tokenizer=kind, meta=meta) as writer:

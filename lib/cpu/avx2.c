@@ -1,19 +1,604 @@
-#if defined(__AVX2__)
+/* avx2.c: the kernels for 256-bit registers, two registers being the 16 rows of a strip.
+ *
+ * Compiled twice: for AVX2 with FMA and F16C, and with -mavxvnni for CPUs whose vpdpbusd works on
+ * these registers; a third time for tests, with AVX-512's encoding of that instruction. A register
+ * block of S strips by T tokens is written once, as an inlined function whose S, T and kind are
+ * constants where it is called. Compiles to nothing for other machines. */
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <float.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+#include "exp.h"
 #include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum store { F32, F16, BF16, Q8, Q4 };
+
+/* Elements i to i + 7 of an array of floats of a kind. */
+INLINE __m256 load8(const void *p, size_t i, enum store kind)
+{
+    if (kind == F32)
+        return _mm256_loadu_ps((const float *)p + i);
+    __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)p + i));
+    if (kind == F16)
+        return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+/* The same where only N elements are left: zero in the other lanes. */
+INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n)
+{
+    uint32_t rest[8] = {0};
+    size_t size = kind == F32 ? 4 : 2;
+    if (n >= 8)
+        return load8(p, i, kind);
+    memcpy(rest, (const uint8_t *)p + i * size, n * size);
+    return load8(rest, 0, kind);
+}
+
+INLINE void store_some(float *p, __m256 v, size_t n)
+{
+    float rest[8];
+    if (n >= 8) {
+        _mm256_storeu_ps(p, v);
+        return;
+    }
+    _mm256_storeu_ps(rest, v);
+    memcpy(p, rest, n * sizeof *p);
+}
+
+INLINE size_t left(size_t n, size_t i)
+{
+    return n > i ? n - i : 0;
+}
+
+INLINE __m256 broadcast(float x)
+{
+    return _mm256_set1_ps(x);
+}
+
+/* Lanes 0..7 and 8..15. */
+INLINE float add_lanes(__m256 low, __m256 high)
+{
+    __m256 eight = _mm256_add_ps(low, high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE float max_lane(__m256 v)
+{
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE __m256 absolute(__m256 v)
+{
+    return _mm256_andnot_ps(broadcast(-0.0f), v);
+}
+
+/* The steps of exp.h. */
+INLINE __m256 exp8(__m256 x)
+{
+    x = _mm256_max_ps(broadcast(EXP_LOW), x); // of a NaN, max and min give the second
+    x = _mm256_min_ps(broadcast(EXP_HIGH), x);
+    __m256 k = _mm256_fmadd_ps(x, broadcast(EXP_LOG2E), broadcast(EXP_ROUND));
+    k = _mm256_sub_ps(k, broadcast(EXP_ROUND));
+    __m256 r = _mm256_fmadd_ps(k, broadcast(-EXP_LN2_HIGH), x);
+    r = _mm256_fmadd_ps(k, broadcast(-EXP_LN2_LOW), r);
+    __m256 p = _mm256_fmadd_ps(broadcast(EXP_C6), r, broadcast(EXP_C5));
+    p = _mm256_fmadd_ps(p, r, broadcast(EXP_C4));
+    p = _mm256_fmadd_ps(p, r, broadcast(EXP_C3));
+    p = _mm256_fmadd_ps(p, r, broadcast(EXP_C2));
+    p = _mm256_fmadd_ps(p, r, broadcast(1));
+    p = _mm256_fmadd_ps(p, r, broadcast(1));
+    const __m256i bias = _mm256_set1_epi32(127);
+    __m256i power = _mm256_cvtps_epi32(k), half = _mm256_srai_epi32(power, 1);
+    power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(power, half), bias), 23);
+    half = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(half));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+/* -- matmul: register blocks --------------------------------------------------------------- */
+
+enum { MOST_HALVES = 8, MOST_SUMS = 12 }; // 2 * S and 2 * S * T; a half is 8 rows of a strip
+
+/* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
+ * units of the kind's block. Its accumulators wait in y between two calls. */
+struct place {
+    size_t strip, token, from, to;
+};
+
+/* The sums of half H (of all S strips' halves) for token T of the block. */
+INLINE float *sums_at(const struct matmul *m, const struct place *at, int h, int t)
+{
+    return m->y + (at->token + t) * m->y_stride + at->strip * TILE_ROWS + h * 8;
+}
+
+INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
+                        const int S, const int T)
+{
+    const int H = 2 * S;
+    const uint8_t *w = m->w + at->strip * m->strip_bytes; // (columns, 16), S of them
+    const float *x = m->in->x + at->token * m->in->x_stride;
+    __m256 acc[MOST_SUMS], column[MOST_HALVES];
+    UNROLL for (int i = 0; i < H * T; i++)
+        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H, i / H)) : broadcast(0);
+    for (size_t c = at->from; c < at->to; c++) {
+        UNROLL for (int h = 0; h < H; h++)
+            column[h] = load8(w + h / 2 * m->strip_bytes, c * TILE_ROWS + h % 2 * 8, kind);
+        UNROLL for (int t = 0; t < T; t++) {
+            __m256 value = broadcast(x[t * m->in->x_stride + c]);
+            UNROLL for (int h = 0; h < H; h++)
+                acc[t * H + h] = _mm256_fmadd_ps(column[h], value, acc[t * H + h]);
+        }
+    }
+    UNROLL for (int i = 0; i < H * T; i++)
+        _mm256_storeu_ps(sums_at(m, at, i % H, i / H), acc[i]);
+}
+
+/* Columns 4 * j to 4 * j + 3 of half H of a block: signed bytes of q8, the codes 0..15 of q4. */
+INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind)
+{
+    const uint8_t *q = block + 2 * TILE_ROWS + 32 * h; // the scales stand first
+    if (kind == Q8)
+        return _mm256_loadu_si256((const void *)(q + 64 * j));
+    __m256i both = _mm256_loadu_si256((const void *)(q + 64 * (j % 4)));
+    return _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+}
+
+/* first_sum, eight times dot over a group's columns, last_sum: the exact sums of code * q. The
+ * instructions multiply unsigned by signed bytes, so an offset (128 for q8, 8 for q4) goes on the
+ * weights' codes and OFFSET_SUM, that offset times the sum of the group's q, comes off. */
+#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
+#if defined(__AVXVNNI__)
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#else
+#define DPBUSD _mm256_dpbusd_epi32
+#endif
+INLINE __m256i first_sum(__m256i offset_sum, enum store kind)
+{
+    (void)kind;
+    return _mm256_sub_epi32(_mm256_setzero_si256(), offset_sum);
+}
+
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind)
+{
+    if (kind == Q8)
+        w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    return DPBUSD(sum, w, a);
+}
+
+INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind)
+{
+    (void)offset_sum, (void)kind;
+    return sum;
+}
+#else
+/* vpmaddubsw adds two products in 16 bits, saturating. q4: all eight steps fit in 16 bits, for
+ * 8 * 2 * 15 * 127 = 30480, so they are added there. q8: |w| times a with w's sign, at most
+ * 2 * 128 * 127 = 32512, needs no offset but must be widened at each step. */
+INLINE __m256i first_sum(__m256i offset_sum, enum store kind)
+{
+    (void)offset_sum, (void)kind;
+    return _mm256_setzero_si256();
+}
+
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind)
+{
+    if (kind == Q4)
+        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind)
+{
+    if (kind == Q8)
+        return sum;
+    return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), offset_sum);
+}
+#endif
+
+INLINE __m256i broadcast4(const int8_t *q)
+{
+    int32_t four;
+    memcpy(&four, q, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
+                        const int S, const int T)
+{
+    const int H = 2 * S;
+    const struct input *in = m->in;
+    const size_t groups = (in->columns + GROUP - 1) / GROUP, token = at->token * groups;
+    const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
+    const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
+    __m256 acc[MOST_SUMS];
+    __m256i sum[MOST_SUMS], w[MOST_HALVES];
+    UNROLL for (int i = 0; i < H * T; i++)
+        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H, i / H)) : broadcast(0);
+    for (size_t g = at->from; g < at->to; g++, block += bytes) {
+        const int offset = kind == Q8 ? 128 : 8;
+        UNROLL for (int i = 0; i < H * T; i++)
+            sum[i] = first_sum(_mm256_set1_epi32(offset * in->sum[token + i / H * groups + g]),
+                               kind);
+        UNROLL for (int j = 0; j < GROUP / 4; j++) {
+            UNROLL for (int h = 0; h < H; h++)
+                w[h] = codes(block + h / 2 * m->strip_bytes, j, h % 2, kind);
+            UNROLL for (int t = 0; t < T; t++) {
+                __m256i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
+                UNROLL for (int h = 0; h < H; h++)
+                    sum[t * H + h] = dot(sum[t * H + h], w[h], a, kind);
+            }
+        }
+        UNROLL for (int i = 0; i < H * T; i++) {
+            const int h = i % H, t = i / H;
+            __m256 scale = load8(block + h / 2 * m->strip_bytes, h % 2 * 8, F16);
+            __m256i off = _mm256_set1_epi32(offset * in->sum[token + t * groups + g]);
+            __m256 exact = _mm256_cvtepi32_ps(last_sum(sum[i], off, kind));
+            scale = _mm256_mul_ps(scale, broadcast(in->d[token + t * groups + g]));
+            acc[i] = _mm256_fmadd_ps(exact, scale, acc[i]);
+        }
+    }
+    UNROLL for (int i = 0; i < H * T; i++)
+        _mm256_storeu_ps(sums_at(m, at, i % H, i / H), acc[i]);
+}
+
+/* -- matmul: blocks over strips, columns and tokens ---------------------------------------- */
+
+INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
+                  const int T)
+{
+    if (kind == Q8 || kind == Q4)
+        group_block(m, at, kind, S, T);
+    else
+        float_block(m, at, kind, S, T);
+}
+
+/* All tokens against one strip, in blocks of MOST while they last. */
+INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int most)
+{
+    const size_t n = m->in->n;
+    for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
+        block(m, &at, kind, 1, most);
+    switch (n - at.token) {
+    case 1: block(m, &at, kind, 1, 1); break;
+    case 2: block(m, &at, kind, 1, 2); break;
+    case 3: block(m, &at, kind, 1, 3); break;
+    case 4: block(m, &at, kind, 1, 4); break;
+    case 5: block(m, &at, kind, 1, 5); break;
+    }
+}
+
+INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind)
+{
+    const int quantised = kind == Q8 || kind == Q4, most = quantised ? 4 : 6;
+    const size_t columns = quantised ? (m->in->columns + GROUP - 1) / GROUP : m->in->columns;
+    const size_t piece = m->in->n <= (size_t)most ? columns : quantised ? 32 : 1024;
+    struct place at = {.strip = first};
+    if (m->in->n == 1)
+        for (at.to = columns; last - at.strip >= 2; at.strip += 2)
+            block(m, &at, kind, 2, 1);
+    for (; at.strip < last; at.strip++)
+        for (at.from = 0; at.from < columns; at.from = at.to) {
+            at.to = columns - at.from < piece ? columns : at.from + piece;
+            all_tokens(m, at, kind, most);
+        }
+}
+
+static void matmul_f32(const struct matmul *m, size_t first, size_t last)
+{
+    matmul(m, first, last, F32);
+}
+
+static void matmul_f16(const struct matmul *m, size_t first, size_t last)
+{
+    matmul(m, first, last, F16);
+}
+
+static void matmul_bf16(const struct matmul *m, size_t first, size_t last)
+{
+    matmul(m, first, last, BF16);
+}
+
+static void matmul_q8(const struct matmul *m, size_t first, size_t last)
+{
+    matmul(m, first, last, Q8);
+}
+
+static void matmul_q4(const struct matmul *m, size_t first, size_t last)
+{
+    matmul(m, first, last, Q4);
+}
+
+/* -- one row at a time --------------------------------------------------------------------- */
+
+/* One whole group. */
+INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum)
+{
+    __m256 v[4], most = broadcast(0), finite = broadcast(0);
+    __m256i code[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        most = _mm256_max_ps(most, absolute(v[i]));
+        // x - x is 0 for finite x and NaN for others
+        finite = _mm256_or_ps(finite, _mm256_sub_ps(v[i], v[i]));
+    }
+    int ordered = _mm256_movemask_ps(_mm256_cmp_ps(finite, finite, _CMP_ORD_Q)) == 0xff;
+    float largest = max_lane(most);
+    *sum = 0;
+    *d = !ordered ? NAN : largest < 0x1p-100f ? 0 : largest / 127;
+    if (!ordered || largest < 0x1p-100f) {
+        memset(q, 0, GROUP);
+        return;
+    }
+    UNROLL for (int i = 0; i < 4; i++) // half to even
+        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], broadcast(127 / largest)));
+    __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+    // packing works within 128 bits: 4-byte pieces 0 2 4 6 | 1 3 5 7 go back in order
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
+                                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((void *)q, bytes);
+    __m256i sums = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum)
+{
+    float rest[GROUP] = {0};
+    size_t whole = n / GROUP;
+    for (size_t g = 0; g < whole; g++)
+        quantize_group(x + g * GROUP, q + g * GROUP, d + g, sum + g);
+    if (n % GROUP) {
+        memcpy(rest, x + whole * GROUP, n % GROUP * sizeof *rest);
+        quantize_group(rest, q + whole * GROUP, d + whole, sum + whole);
+    }
+}
+
+static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps)
+{
+    __m256 low = broadcast(0), high = low;
+    for (size_t i = 0; i < n; i += 16) {
+        __m256 a = load_some(x, i, F32, left(n, i)), b = load_some(x, i + 8, F32, left(n, i + 8));
+        low = _mm256_fmadd_ps(a, a, low);
+        high = _mm256_fmadd_ps(b, b, high);
+    }
+    __m256 s = broadcast(1 / sqrtf(add_lanes(low, high) / (float)n + eps));
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 scaled = _mm256_mul_ps(load_some(x, i, F32, left(n, i)), s);
+        scaled = _mm256_mul_ps(load_some(w, i, F32, left(n, i)), scaled);
+        store_some(out + i, scaled, left(n, i));
+    }
+}
+
+static void rope(float *x, const float *cos, const float *sin, size_t n)
+{
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    size_t i = 0;
+    for (; n - i >= 8; i += 8) { // four pairs
+        __m256 c = _mm256_castps128_ps256(_mm_loadu_ps(cos + i / 2));
+        __m256 s = _mm256_castps128_ps256(_mm_loadu_ps(sin + i / 2));
+        c = _mm256_permutevar8x32_ps(c, twice);
+        s = _mm256_permutevar8x32_ps(s, twice);
+        __m256 cs = _mm256_blend_ps(c, s, 0xaa), sc = _mm256_blend_ps(s, c, 0xaa);
+        __m256 v = _mm256_loadu_ps(x + i);
+        __m256 a = _mm256_moveldup_ps(v), b = _mm256_movehdup_ps(v);
+        // even lanes: a cos - b sin; odd lanes: a sin + b cos
+        _mm256_storeu_ps(x + i, _mm256_fmaddsub_ps(a, cs, _mm256_mul_ps(b, sc)));
+    }
+    for (; i < n; i += 2) {
+        float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
+        x[i] = fmaf(a, c, -(b * s));
+        x[i + 1] = fmaf(a, s, b * c);
+    }
+}
+
+static void swiglu(float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 g = load_some(gate, i, F32, left(n, i));
+        __m256 e = exp8(_mm256_xor_ps(g, broadcast(-0.0f)));
+        g = _mm256_div_ps(g, _mm256_add_ps(broadcast(1), e));
+        g = _mm256_mul_ps(g, load_some(up, i, F32, left(n, i)));
+        store_some(gate + i, g, left(n, i));
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 a = load_some(x, i, F32, left(n, i)), b = load_some(y, i, F32, left(n, i));
+        store_some(x + i, _mm256_add_ps(a, b), left(n, i));
+    }
+}
+
+static void to_f16(uint16_t *out, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i += 8) {
+        uint16_t half[8];
+        __m256 v = load_some(x, i, F32, left(n, i));
+        _mm_storeu_si128((void *)half, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+        memcpy(out + i, half, left(n, i) < 8 ? left(n, i) * sizeof *half : sizeof half);
+    }
+}
+
+/* -- attention ----------------------------------------------------------------------------- */
+
+enum { MOST_QUERIES = 4, HALVES = PAGE_POSITIONS / 8 }; // a half is 8 positions of a tile of 16
+
+/* What is carried from page to page, for up to MOST_QUERIES queries. */
+struct softmax {
+    float m[MOST_QUERIES];         // the largest score so far
+    __m256 lanes[MOST_QUERIES][2]; // sums of weights
+    __m256 scale[MOST_QUERIES];    // what this page does to earlier sums
+    float w[MOST_QUERIES][PAGE_POSITIONS]; // scores, then weights
+};
+
+INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, size_t head_dim,
+                       enum store kind, const int Q)
+{
+    for (size_t j = 0; j < PAGE_POSITIONS; j += 16) {
+        __m256 s[MOST_QUERIES * 2];
+        UNROLL for (int i = 0; i < Q * 2; i++)
+            s[i] = broadcast(0);
+        for (size_t i = 0; i < head_dim; i++) {
+            __m256 low = load8(k, j * head_dim + i * 16, kind);
+            __m256 high = load8(k, j * head_dim + i * 16 + 8, kind);
+            UNROLL for (int h = 0; h < Q; h++) {
+                __m256 value = broadcast(q[h * head_dim + i]);
+                s[2 * h] = _mm256_fmadd_ps(value, low, s[2 * h]);
+                s[2 * h + 1] = _mm256_fmadd_ps(value, high, s[2 * h + 1]);
+            }
+        }
+        UNROLL for (int i = 0; i < Q * 2; i++)
+            _mm256_storeu_ps(state->w[i / 2] + j + i % 2 * 8, s[i]);
+    }
+}
+
+/* Turns the scores of query H on a page's first N positions into weights, zero beyond. */
+INLINE void weigh_page(struct softmax *state, int h, size_t n)
+{
+    const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    float before = state->m[h];
+    __m256 most = broadcast(before), valid[HALVES];
+    UNROLL for (int i = 0; i < HALVES; i++) {
+        valid[i] = _mm256_cmp_ps(lane, broadcast((float)n - 8.f * (float)i), _CMP_LT_OQ);
+        __m256 s = _mm256_loadu_ps(state->w[h] + 8 * i);
+        most = _mm256_max_ps(_mm256_blendv_ps(most, s, valid[i]), most);
+    }
+    state->m[h] = max_lane(most);
+    __m256 m = broadcast(state->m[h]);
+    state->scale[h] = exp8(_mm256_sub_ps(broadcast(before), m)); // 0 while before is -infinity
+    for (int i = 0; i < 2; i++)
+        state->lanes[h][i] = _mm256_mul_ps(state->lanes[h][i], state->scale[h]);
+    for (int i = 0; i < HALVES; i++) {
+        __m256 w = exp8(_mm256_sub_ps(_mm256_loadu_ps(state->w[h] + 8 * i), m));
+        w = _mm256_and_ps(w, valid[i]);
+        state->lanes[h][i % 2] = _mm256_add_ps(state->lanes[h][i % 2], w);
+        _mm256_storeu_ps(state->w[h] + 8 * i, w);
+    }
+}
+
+/* Adds the page's values to dimensions [i, i + 8 D) of each query's sum; SOME: how many of the
+ * last 8 there are. */
+INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
+                       size_t n, size_t head_dim, size_t some, enum store kind, const int Q,
+                       const int D)
+{
+    __m256 acc[MOST_QUERIES * 2], value[2];
+    UNROLL for (int j = 0; j < Q * D; j++) {
+        acc[j] = load_some(out, j / D * head_dim + i + j % D * 8, F32, some);
+        acc[j] = _mm256_mul_ps(acc[j], state->scale[j / D]);
+    }
+    for (size_t p = 0; p < n; p++) {
+        UNROLL for (int d = 0; d < D; d++)
+            value[d] = load_some(v, p * head_dim + i + d * 8, kind, some);
+        UNROLL for (int h = 0; h < Q; h++) {
+            __m256 w = broadcast(state->w[h][p]);
+            UNROLL for (int d = 0; d < D; d++)
+                acc[h * D + d] = _mm256_fmadd_ps(w, value[d], acc[h * D + d]);
+        }
+    }
+    UNROLL for (int j = 0; j < Q * D; j++)
+        store_some(out + j / D * head_dim + i + j % D * 8, acc[j], some);
+}
+
+INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q)
+{
+    const size_t head_dim = a->head_dim;
+    const float *q = a->q + query * head_dim;
+    float *out = a->out + query * head_dim;
+    struct softmax state;
+    for (int h = 0; h < Q; h++) {
+        state.m[h] = -INFINITY;
+        state.lanes[h][0] = state.lanes[h][1] = broadcast(0);
+    }
+    memset(out, 0, Q * head_dim * sizeof *out);
+    for (size_t p = 0; p < a->n_positions; p += PAGE_POSITIONS) {
+        const uint8_t *page = a->pages[p / PAGE_POSITIONS], *v = page + a->v_offset;
+        size_t n = left(a->n_positions, p), i = 0;
+        n = n < PAGE_POSITIONS ? n : PAGE_POSITIONS;
+        score_page(&state, q, page + a->k_offset, head_dim, kind, Q);
+        for (int h = 0; h < Q; h++)
+            weigh_page(&state, h, n);
+        for (; head_dim - i >= 16; i += 16)
+            add_values(&state, out, v, i, n, head_dim, 8, kind, Q, 2);
+        for (; i < head_dim; i += 8)
+            add_values(&state, out, v, i, n, head_dim, left(head_dim, i), kind, Q, 1);
+    }
+    for (int h = 0; h < Q; h++) {
+        __m256 sum = broadcast(add_lanes(state.lanes[h][0], state.lanes[h][1]));
+        for (size_t i = 0; i < head_dim; i += 8) {
+            float *at = out + h * head_dim + i;
+            __m256 value = load_some(at, 0, F32, left(head_dim, i));
+            store_some(at, _mm256_div_ps(value, sum), left(head_dim, i));
+        }
+    }
+}
+
+INLINE void attend(const struct attention *a, enum store kind)
+{
+    size_t query = 0;
+    for (; a->n_queries - query >= 4; query += 4)
+        attend_queries(a, query, kind, 4);
+    switch (a->n_queries - query) {
+    case 3: attend_queries(a, query, kind, 3); break;
+    case 2: attend_queries(a, query, kind, 2); break;
+    case 1: attend_queries(a, query, kind, 1); break;
+    }
+}
+
+static void attend_f32(const struct attention *a)
+{
+    attend(a, F32);
+}
+
+static void attend_f16(const struct attention *a)
+{
+    attend(a, F16);
+}
+
+INLINE void fill(struct kernels *k, const char *isa)
+{
+    k->isa = isa;
+    k->matmul_f32 = matmul_f32;
+    k->matmul_f16 = matmul_f16;
+    k->matmul_bf16 = matmul_bf16;
+    k->matmul_q8 = matmul_q8;
+    k->matmul_q4 = matmul_q4;
+    k->quantize_row = quantize_row;
+    k->rms_norm = rms_norm;
+    k->rope = rope;
+    k->swiglu = swiglu;
+    k->add = add;
+    k->attend_f32 = attend_f32;
+    k->attend_f16 = attend_f16;
+    k->to_f16 = to_f16;
+}
+
 #if defined(__AVXVNNI__)
 void kernels_avxvnni(struct kernels *k)
 {
-    k->isa = "avxvnni";
+    fill(k, "avxvnni");
 }
 #elif defined(__AVX512VNNI__)
 void kernels_evexvnni(struct kernels *k)
 {
-    k->isa = "evexvnni";
+    fill(k, "evexvnni");
 }
 #else
 void kernels_avx2(struct kernels *k)
 {
-    k->isa = "avx2";
+    fill(k, "avx2");
 }
 #endif
 #endif

@@ -1,0 +1,135 @@
+"""The rules of the house that a program can check: who may know whom, and what files look like."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+C_FILES = sorted((ROOT / "lib").rglob("*.[ch]"))
+PY_FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama").rglob("*.py")])
+PROSE = r"^(/\*|//|#|\"\"\"|r?\"\"\")"
+
+# A file of lib/ and the headers of lib/ it may include; llama.c sees all.
+ISA = {"cpu/kernels.h", "quant.h", "cpu/exp.h"}
+INSIDE = {"llama.h", "error.h", "quant.h"}
+MAY_INCLUDE = {
+    "llama": set(),
+    "quant": INSIDE,
+    "crc32": INSIDE | {"format.h"},
+    "format": INSIDE | {"format.h"},
+    "model": INSIDE | {"format.h", "model.h"},
+    "rope": {"rope.h", "llama.h"},
+    "cache": INSIDE | {"cache.h"},
+    "sampler": {"sampler.h", "llama.h", "error.h"},
+    "encode": INSIDE | {"encode.h", "format.h", "cpu/pool.h"},
+    "backend": {"cache.h", "model.h"},
+    "error": set(),
+    "cpu/forward": {"backend.h", "error.h", "rope.h", "cpu/kernels.h", "cpu/pool.h"},
+    "cpu/pool": {"error.h", "cpu/pool.h"},
+    "cpu/bandwidth": {"error.h", "cpu/bandwidth.h", "cpu/pool.h"},
+    "cuda/none": {"backend.h", "error.h"},
+}
+# A module of llama/ and the modules it may import; the export wing may not see the run wing.
+ANYONE = {"errors"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "quant": set(),
+    "format": {"config", "quant"},
+    "model": {"config", "format", "quant"},
+    "checkpoints": {"checkpoints", "config", "format", "quant"},
+    "sampling": set(),
+    "tokenizer": set(),
+    "templates": {"tokenizer"},
+    "_lib": set(),
+    "engine": {"_lib", "config", "quant", "sampling"},
+    "completion": {"batch", "sampling", "tokenizer"},
+    "batch": {"completion", "engine", "sampling"},
+    "generate": {"batch", "completion", "engine", "sampling", "templates", "tokenizer"},
+    "machine": {"engine"},
+    "cli": {"generate", "machine", "sampling", "checkpoints"},
+    "complete": {"cli", "completion", "generate", "machine", "sampling", "tokenizer"},
+    "talk": {"cli", "completion", "generate", "machine", "sampling"},
+    "bench": {"cli", "engine", "machine"},
+    "distance": {"engine", "tokenizer"},
+    "shrink": {"distance", "engine", "format", "quant"},
+    "__init__": {"generate", "sampling"},
+}
+
+
+def inside(path: Path) -> str:
+    return path.relative_to(ROOT / "lib").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=inside)
+def test_c_includes(path: Path) -> None:
+    if path.name == "llama.c":
+        return
+    allowed = MAY_INCLUDE.get(inside(path), ISA if path.parent.name == "cpu" else None)
+    assert allowed is not None, "a new file: say here whom it may know"
+    for name in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE):
+        target = (path.parent / name).resolve().relative_to(ROOT / "lib").as_posix()
+        assert target in allowed | {inside(path) + ".h"}, f"{path.name} may not include {target}"
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=inside)
+def test_c_keeps_quiet(path: Path) -> None:
+    """The library never prints, never exits and reads no environment."""
+    banned = r"\b(printf|fprintf|puts|perror|exit|abort|getenv|setenv|system|gets|strcpy|sprintf)\("
+    code = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+    assert not re.findall(banned, code)
+
+
+def modules(path: Path) -> tuple[str, set[str]]:
+    """A Python file's module, and the modules of llama/ that it imports, also inside functions."""
+    package = path.relative_to(ROOT / "llama").parts[0].removesuffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llama":
+            parts = (node.module or "").split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {name[1] for name in names if name[0] == "llama" and len(name) > 1}
+    return package, found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llama").rglob("*.py")), ids=lambda p: p.stem)
+def test_python_imports(path: Path) -> None:
+    package, found = modules(path)
+    assert package in MAY_IMPORT, "a new module: say here whom it may know"
+    assert found <= MAY_IMPORT[package] | ANYONE, f"{package} may not import {sorted(found)}"
+
+
+@pytest.mark.parametrize("path", C_FILES + PY_FILES, ids=lambda p: p.name)
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("#!", "#if ", "#ifdef "))]
+    assert re.match(PROSE, lines[0]), f"{path.name} opens with code"
+
+
+@pytest.mark.parametrize("path", C_FILES + PY_FILES, ids=lambda p: p.name)
+def test_size(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 520, f"{path.name} has {len(lines)} lines: is it still one room?"
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_no_rooms_for_odds_and_ends() -> None:
+    banned = {"utils", "util", "common", "helpers", "misc"}
+    assert not [path for path in C_FILES + PY_FILES if path.stem in banned]
+
+
+def test_only_the_door_exports_symbols() -> None:
+    from llama._lib import LIBRARY
+
+    done = subprocess.run(["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True,
+                          text=True)  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"nm cannot read this library: {done.stderr.strip()}")
+    names = {line.split()[-1] for line in done.stdout.splitlines() if " T " in line}
+    header = (ROOT / "lib" / "llama.h").read_text()
+    assert names == set(re.findall(r"\b(llama_\w+)\(", re.sub(r"/\*.*?\*/", "", header, flags=re.S)))
