@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    from llama import cli, talk
+    from llama import cli
 
     parser = cli.Parser(prog="chat.py", description=__doc__)
     parser.add_argument(
@@ -19,7 +19,13 @@ def main() -> int:
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)
     args = parser.parse_args()
-    return cli.run("chat.py", lambda: talk.talk(args))
+
+    def work() -> int:
+        from llama.talk import talk
+
+        return talk(args)
+
+    return cli.run("chat.py", work)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main() -> int:
     given = arguments()
     from llama.shrink import report, shrink
 
-    out = given.out or given.bin.with_name(f"{given.bin.stem}-q{given.bits}.bin")
+    out = given.out or given.bin.parent / f"{given.bin.stem}-q{given.bits}.bin"
     report(shrink(given.bin, out, given.bits, force=given.force, threads=given.threads), out)
     return 0
 

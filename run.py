@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    from llama import cli, complete
+    from llama import cli
 
     parser = cli.Parser(prog="run.py", description=__doc__)
     parser.add_argument(
@@ -21,16 +21,26 @@ def main() -> int:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl",
         help='complete many together: a line is "text" or {"prompt": "text", "max_tokens": 8, ...} '
-        "and gives a line of JSON, in order",
+        "and gives a line of JSON, in order; - is stdin",
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
     args = parser.parse_args()
     if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
         parser.error("give one of PROMPT, --ids and --prompts")
-    if args.prompt is None and args.ids is None and args.prompts is None and sys.stdin.isatty():
+    if args.prompt is None and args.ids is None and args.prompts is None and at_keyboard():
         parser.error('give a prompt: run.py "Once upon a time", or one on standard input')
-    return cli.run("run.py", lambda: complete.complete(args))
+
+    def work() -> int:
+        from llama.complete import complete
+
+        return complete(args)
+
+    return cli.run("run.py", work)
+
+
+def at_keyboard() -> bool:
+    return sys.stdin is None or sys.stdin.isatty()
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@
 #include <math.h>
 #include <string.h>
 
-static uint32_t float_bits(float value)
-{
+static uint32_t float_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static float bits_float(uint32_t bits)
-{
+static float bits_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -25,8 +23,7 @@ static float bits_float(uint32_t bits)
 /* f16:   sign 1 | exponent 5, bias 15  | fraction 10
  * bf16:  sign 1 | exponent 8, bias 127 | fraction 7     (the upper half of an f32)
  * f32:   sign 1 | exponent 8, bias 127 | fraction 23 */
-float f16_to_f32(uint16_t bits)
-{
+float f16_to_f32(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31;
     uint32_t fraction = bits & 0x3ff;
     if (exponent == 31) // infinity, or NaN made quiet as the hardware does
@@ -36,8 +33,7 @@ float f16_to_f32(uint16_t bits)
     return bits_float(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-uint16_t f32_to_f16(float value)
-{
+uint16_t f32_to_f16(float value) {
     uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000;
     bits &= 0x7fffffff;
     if (bits > 0x7f800000)
@@ -50,13 +46,11 @@ uint16_t f32_to_f16(float value)
     return (uint16_t)(sign | (bits - 0x38000000) >> 13);
 }
 
-float bf16_to_f32(uint16_t bits)
-{
+float bf16_to_f32(uint16_t bits) {
     return bits_float((uint32_t)bits << 16);
 }
 
-uint16_t f32_to_bf16(float value)
-{
+uint16_t f32_to_bf16(float value) {
     uint32_t bits = float_bits(value);
     if ((bits & 0x7fffffff) > 0x7f800000)
         return (uint16_t)(bits >> 16 | 0x40);
@@ -64,60 +58,51 @@ uint16_t f32_to_bf16(float value)
 }
 
 /* Half to even, for |x| < 2^22: at 1.5 * 2^23 the step of a float is 1. */
-static float round_even(float x)
-{
+static float round_even(float x) {
     return x + 0x1.8p23f - 0x1.8p23f;
 }
 
-/* -- f32, f16, bf16: a block is one column of TILE_ROWS values ----------------------------- */
+// ---- f32, f16, bf16: a block is one column of TILE_ROWS values
 
-static void decode_row_f32(const void *block, uint32_t row, float *values)
-{
+static void decode_row_f32(const void *block, uint32_t row, float *values) {
     memcpy(values, (const uint8_t *)block + 4 * row, sizeof *values);
 }
 
-static uint16_t load_u16(const void *block, uint32_t i)
-{
+static uint16_t load_u16(const void *block, uint32_t i) {
     uint16_t bits;
     memcpy(&bits, (const uint8_t *)block + 2 * i, sizeof bits);
     return bits;
 }
 
-static void decode_row_f16(const void *block, uint32_t row, float *values)
-{
+static void decode_row_f16(const void *block, uint32_t row, float *values) {
     *values = f16_to_f32(load_u16(block, row));
 }
 
-static void decode_row_bf16(const void *block, uint32_t row, float *values)
-{
+static void decode_row_bf16(const void *block, uint32_t row, float *values) {
     *values = bf16_to_f32(load_u16(block, row));
 }
 
-static void encode_f32(const float *values, void *block)
-{
+static void encode_f32(const float *values, void *block) {
     memcpy(block, values, TILE_ROWS * sizeof *values);
 }
 
-static void encode_f16(const float *values, void *block)
-{
+static void encode_f16(const float *values, void *block) {
     for (int r = 0; r < TILE_ROWS; r++) {
         uint16_t bits = f32_to_f16(values[r]);
         memcpy((uint8_t *)block + 2 * r, &bits, sizeof bits);
     }
 }
 
-static void encode_bf16(const float *values, void *block)
-{
+static void encode_bf16(const float *values, void *block) {
     for (int r = 0; r < TILE_ROWS; r++) {
         uint16_t bits = f32_to_bf16(values[r]);
         memcpy((uint8_t *)block + 2 * r, &bits, sizeof bits);
     }
 }
 
-/* -- q8 ------------------------------------------------------------------------------------ */
+// ---- q8
 
-static void decode_row_q8(const void *block, uint32_t row, float *values)
-{
+static void decode_row_q8(const void *block, uint32_t row, float *values) {
     const struct block_q8 *b = block;
     float d = f16_to_f32(b->d[row]);
     for (int c = 0; c < GROUP; c++)
@@ -126,8 +111,7 @@ static void decode_row_q8(const void *block, uint32_t row, float *values)
 
 /* The codes are computed with the scale as it is stored, so rounding the scale costs nothing
  * but the clamp of the largest weight. */
-static void encode_q8(const float *values, void *block)
-{
+static void encode_q8(const float *values, void *block) {
     struct block_q8 *b = block;
     for (int r = 0; r < TILE_ROWS; r++, values += GROUP) {
         float largest = 0;
@@ -143,10 +127,9 @@ static void encode_q8(const float *values, void *block)
     }
 }
 
-/* -- q4 ------------------------------------------------------------------------------------ */
+// ---- q4
 
-static void decode_row_q4(const void *block, uint32_t row, float *values)
-{
+static void decode_row_q4(const void *block, uint32_t row, float *values) {
     const struct block_q4 *b = block;
     float d = f16_to_f32(b->d[row]);
     for (int c = 0; c < GROUP / 2; c++) {
@@ -161,8 +144,7 @@ static void decode_row_q4(const void *block, uint32_t row, float *values)
 typedef float rows[TILE_ROWS];
 
 /* Rounded as round_even does, but clamped as an integer, which compilers make vectors of. */
-static int code_q4(float x, float inverse)
-{
+static int code_q4(float x, float inverse) {
     int code = (int)(float_bits(x * inverse + 0x1.8p23f) - float_bits(0x1.8p23f));
     code = code < -8 ? -8 : code;
     return code > 7 ? 7 : code;
@@ -170,8 +152,7 @@ static int code_q4(float x, float inverse)
 
 /* The codes q that INVERSE gives, met with their best scale, leave x^2 - (xq)^2 / q^2 of squared
  * error (sums over a row). Keeps the scale and the gain (xq)^2 / q^2 of the rows that improve. */
-static void keep_better_q4(rows x[GROUP], const rows inverse, rows scale, rows gain)
-{
+static void keep_better_q4(rows x[GROUP], const rows inverse, rows scale, rows gain) {
     rows xq = {0}, qq = {0};
     for (int c = 0; c < GROUP; c++)
         for (int r = 0; r < TILE_ROWS; r++) {
@@ -189,8 +170,7 @@ static void keep_better_q4(rows x[GROUP], const rows inverse, rows scale, rows g
 /* The extreme of a row lands at about code -8 or, with the other sign of scale, at about 7: nine
  * places around each, and the best of them refitted once more.
  * On normally distributed weights: 0.88 of the squared error of "extreme / -8" alone. */
-static void search_q4(rows x[GROUP], rows scale)
-{
+static void search_q4(rows x[GROUP], rows scale) {
     static const float places[] = {-8, -7, -7.25f, -7.5f, -7.75f, -8.25f, -8.5f, -8.75f, -9,
                                    7,  6,  6.25f,  6.5f,  6.75f,  7.25f,  7.5f,  7.75f,  8};
     rows extreme = {0}, inverse, gain = {0};
@@ -207,8 +187,7 @@ static void search_q4(rows x[GROUP], rows scale)
     keep_better_q4(x, inverse, scale, gain);
 }
 
-static void encode_q4(const float *values, void *block)
-{
+static void encode_q4(const float *values, void *block) {
     rows x[GROUP], scale = {0}, inverse;
     for (int c = 0; c < GROUP; c++)
         for (int r = 0; r < TILE_ROWS; r++)
@@ -230,7 +209,7 @@ static void encode_q4(const float *values, void *block)
         }
 }
 
-/* -- the table ----------------------------------------------------------------------------- */
+// ---- the table
 
 static const struct kind kinds[] = {
     // LLAMA_F32 ... LLAMA_Q4, in the order of their numbers in llama.h
@@ -241,30 +220,25 @@ static const struct kind kinds[] = {
     {"q4", GROUP, sizeof(struct block_q4), 8 * 65504.0f, decode_row_q4, encode_q4},
 };
 
-const struct kind *kind_find(uint32_t kind)
-{
+const struct kind *kind_find(uint32_t kind) {
     return kind < sizeof kinds / sizeof *kinds ? &kinds[kind] : NULL;
 }
 
-uint64_t kind_strip_bytes(const struct kind *kind, uint64_t columns)
-{
+uint64_t kind_strip_bytes(const struct kind *kind, uint64_t columns) {
     return (columns + kind->columns - 1) / kind->columns * kind->block_bytes;
 }
 
-uint64_t kind_matrix_bytes(const struct kind *kind, uint64_t rows, uint64_t columns)
-{
+uint64_t kind_matrix_bytes(const struct kind *kind, uint64_t rows, uint64_t columns) {
     return (rows + TILE_ROWS - 1) / TILE_ROWS * kind_strip_bytes(kind, columns);
 }
 
-void kind_decode(const struct kind *kind, const void *block, float *values)
-{
+void kind_decode(const struct kind *kind, const void *block, float *values) {
     for (uint32_t r = 0; r < TILE_ROWS; r++)
         kind->decode_row(block, r, values + r * kind->columns);
 }
 
 void kind_decode_row(const struct kind *kind, const void *data, uint64_t columns, uint64_t row,
-                     float *out)
-{
+                     float *out) {
     const uint8_t *block = (const uint8_t *)data
                            + row / TILE_ROWS * kind_strip_bytes(kind, columns);
     uint64_t whole = columns / kind->columns, rest = columns % kind->columns;

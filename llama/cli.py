@@ -200,15 +200,20 @@ def text_of(argument: str) -> str:
 
 def run(name: str, main: Callable[[], int]) -> int:
     """MAIN's status, with every way to fail turned into a line and a status."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:  # closed by the caller
+            setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(encoding="utf-8", errors="replace")
     try:
         status = main()
         sys.stdout.flush()
         return status
     except LlamaError as error:
         say(f"{name}: {error}")
+        return 1
+    except ModuleNotFoundError as error:
+        say(f"{name}: the package {error.name} is missing; pip install -r requirements.txt")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
-from llama.completion import Result
 from llama.errors import LlamaError
 from llama.generate import Llama, Prompt
+from llama.job import Result
 from llama.sampling import SamplingParams, params_from
 from llama.tokenizer import NoTokenizer
 
@@ -79,10 +79,11 @@ def _line(llm: Llama, prompt: Prompt, result: Result, echo: bool) -> dict[str, A
         line["token_ids"] = result.token_ids
     else:
         line["text"] = result.text
-    return line | {
+    line |= {
         "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": len(result.token_ids), "seed": result.seed,
+        "completion_tokens": len(result.token_ids),
     }  # fmt: skip
+    return line if result.seed is None else line | {"seed": result.seed}
 
 
 def _text(llm: Llama, ids: list[int]) -> str:
@@ -100,9 +101,11 @@ def parse_ids(text: str) -> list[int]:
 
 
 def read_prompts(path: Path, params: SamplingParams) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The prompts of a JSON Lines file and their parameters: PARAMS and what a line changes."""
+    """The prompts of a JSON Lines file ("-" is stdin) and their parameters: PARAMS and what a
+    line changes."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8").split("\n")
     except OSError as error:
         raise LlamaError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ question goes, together with its answer.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -15,9 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
-from llama.completion import Result
 from llama.errors import LlamaError
 from llama.generate import Llama, Stream
+from llama.job import Result
 from llama.machine import cache_folder
 from llama.sampling import SamplingParams
 
@@ -57,7 +58,10 @@ class Talk:
             "/stats": lambda _: self.stats(), "/help": lambda _: say(HELP),
         }  # fmt: skip
         if word in commands:
-            commands[word](rest.strip())
+            try:
+                commands[word](rest.strip())
+            except LlamaError as error:
+                self._complain(error)
         elif word.startswith("/"):
             say(f"there is no {word}; /help lists the commands")
         elif word:
@@ -86,8 +90,7 @@ class Talk:
             self.turns.append({"role": "assistant", "content": stream.text})
             answered = True
         except LlamaError as error:
-            self.failed = True
-            say(f"chat.py: {error}")
+            self._complain(error)
         finally:
             if not answered:  # as if the line had not been said
                 self.turns = before
@@ -109,11 +112,16 @@ class Talk:
         say(f"{len(self.turns) // 2} turns, {used} of {self.llm.max_seq_len} tokens of context")
         if self._last is not None:
             last = self._last
+            seed = "" if last.seed is None else f", seed {last.seed}"
             say(
                 f"last answer: {last.prompt_tokens} prompt tokens, {last.cached_tokens} of them "
-                f"kept from before, {len(last.token_ids)} answered, seed {last.seed}"
+                f"kept from before, {len(last.token_ids)} answered{seed}"
             )
         say(speed_line(self.llm))
+
+    def _complain(self, error: LlamaError) -> None:
+        self.failed = True
+        say(f"chat.py: {error}")
 
     def _fit(self) -> None:
         """Drops the oldest turns until a quarter of the context, or max_tokens, is free."""
@@ -199,8 +207,9 @@ def _editor() -> Callable[[], str] | None:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "chat-history", "a"):
-            history = FileHistory(str(folder / "chat-history"))
+        file = folder / "chat-history"
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # what was said is nobody else's
+        history = FileHistory(str(file))
     except OSError:
         pass
     session: Any = PromptSession(history=history, output=create_output(stdout=screen))

@@ -30,6 +30,15 @@ def stories(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model, where it has been made (make run, or python3 export.py)."""
+    found = Path(__file__).resolve().parent.parent / "bin" / "chat-llama.bin"
+    if not found.exists():
+        pytest.skip("no bin/chat-llama.bin; python3 export.py makes it")
+    return found
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model of random weights, as a .bin."""
     import tiny_chat

@@ -20,8 +20,7 @@ const struct kernels *sets[8];
 size_t n_sets;
 static size_t passed, failed;
 
-void check(int good, const char *format, ...)
-{
+void check(int good, const char *format, ...) {
     va_list args;
     if (good) {
         passed++;
@@ -36,7 +35,7 @@ void check(int good, const char *format, ...)
     printf("\n");
 }
 
-/* -- memory that ends at a forbidden page -------------------------------------------------- */
+// ---- memory that ends at a forbidden page
 
 static struct {
     void *base;
@@ -44,8 +43,7 @@ static struct {
 } held[64];
 static size_t n_held;
 
-void *guarded(size_t bytes)
-{
+void *guarded(size_t bytes) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
     uint8_t *base = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
                          -1, 0);
@@ -59,15 +57,14 @@ void *guarded(size_t bytes)
     return base + whole - bytes;
 }
 
-void release_all(void)
-{
+void release_all(void) {
     while (n_held > 0) {
         n_held--;
         munmap(held[n_held].base, held[n_held].bytes);
     }
 }
 
-/* -- numbers ------------------------------------------------------------------------------- */
+// ---- numbers
 
 static uint64_t state = 1;
 
@@ -79,54 +76,47 @@ uint32_t random_bits(void) // splitmix64
     return (uint32_t)(z >> 32);
 }
 
-float uniform(void) // [-1, 1)
-{
+float uniform(void) // [-1, 1) {
     return (float)(int32_t)random_bits() * 0x1p-31f;
 }
 
 static const float specials[] = {NAN,     INFINITY, -INFINITY, 0.0f,    -0.0f,   1e-40f,
                                  -1e-45f, 3e38f,    -3e38f,    65504.f, 6e-8f,   1.0f};
 
-float special(void)
-{
+float special(void) {
     return specials[random_bits() % (sizeof specials / sizeof *specials)];
 }
 
-void fill(float *x, size_t n, float scale)
-{
+void fill(float *x, size_t n, float scale) {
     for (size_t i = 0; i < n; i++)
         x[i] = uniform() * scale;
 }
 
-static uint32_t bits_of(float x)
-{
+static uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
 /* The index of the first difference, or N. */
-static size_t first_difference(const float *a, const float *b, size_t n)
-{
+static size_t first_difference(const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (bits_of(a[i]) != bits_of(b[i]) && !(isnan(a[i]) && isnan(b[i])))
             return i;
     return n;
 }
 
-void same(const char *isa, const char *what, const float *want, const float *got, size_t n)
-{
+void same(const char *isa, const char *what, const float *want, const float *got, size_t n) {
     size_t i = first_difference(want, got, n);
     check(i == n, "%s %s: [%zu] is %a, scalar has %a", isa, what, i, i < n ? got[i] : 0.f,
           i < n ? want[i] : 0.f);
 }
 
-int near(double want, double got, double bound)
-{
+int near(double want, double got, double bound) {
     return isnan(want) ? isnan(got) : want == got || fabs(got - want) <= bound;
 }
 
-/* -- matmul -------------------------------------------------------------------------------- */
+// ---- matmul
 
 enum { N_KINDS = 5 };
 enum scene { PLAIN, LOW, HIGH, LOWEST, TINY, HUGE_SCALES, SPECIAL, ZEROS, N_SCENES };
@@ -135,16 +125,14 @@ static const char *const scene_names[] = {"plain",       "codes -127", "codes 12
 
 typedef void matmul_entry(const struct matmul *m, size_t first, size_t last);
 
-static matmul_entry *matmul_of(const struct kernels *k, uint32_t kind)
-{
+static matmul_entry *matmul_of(const struct kernels *k, uint32_t kind) {
     matmul_entry *entries[N_KINDS] = {k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8,
                                       k->matmul_q4};
     return entries[kind];
 }
 
 /* Weights of any bytes that a file could hold. */
-static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum scene scene)
-{
+static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum scene scene) {
     const struct kind *k = kind_find(kind);
     size_t blocks = strips * kind_strip_bytes(k, columns) / k->block_bytes;
     uint8_t *data = guarded(blocks * k->block_bytes), *p = data;
@@ -174,8 +162,7 @@ static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum 
 }
 
 /* Both forms of an input: x, and its codes. */
-static struct input make_input(size_t n, size_t columns, enum scene scene)
-{
+static struct input make_input(size_t n, size_t columns, enum scene scene) {
     size_t groups = (columns + GROUP - 1) / GROUP, stride = columns + 3;
     float *x = guarded((n * stride - 3) * sizeof *x), *d = guarded(n * groups * sizeof *d);
     int8_t *q = guarded(n * groups * GROUP);
@@ -193,8 +180,7 @@ static struct input make_input(size_t n, size_t columns, enum scene scene)
 }
 
 /* The scalar result against a sum in double, whose terms' sizes give the bound. */
-static void check_scalar_matmul(uint32_t kind, const struct matmul *m, size_t strips)
-{
+static void check_scalar_matmul(uint32_t kind, const struct matmul *m, size_t strips) {
     const struct input *in = m->in;
     size_t groups = (in->columns + GROUP - 1) / GROUP, bad = 0;
     float *w = malloc(in->columns * sizeof *w);
@@ -218,8 +204,7 @@ static void check_scalar_matmul(uint32_t kind, const struct matmul *m, size_t st
           strips * TILE_ROWS, in->columns, in->n, bad);
 }
 
-static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, enum scene scene)
-{
+static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, enum scene scene) {
     char what[128];
     struct input in = make_input(n, columns, scene);
     size_t stride = strips * TILE_ROWS + 5, size = n * stride - 5;
@@ -244,8 +229,7 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
     release_all();
 }
 
-static void test_matmuls(void)
-{
+static void test_matmuls(void) {
     static const size_t strips[] = {1, 2, 3, 5, 9}, columns[] = {1, 31, 32, 33, 100, 576, 2081},
                         tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
@@ -260,10 +244,9 @@ static void test_matmuls(void)
     }
 }
 
-/* -- all ----------------------------------------------------------------------------------- */
+// ---- all
 
-static void find_sets(void)
-{
+static void find_sets(void) {
 #if defined(__x86_64__)
     static struct kernels evex;
     if (kernels_find("avx512vnni")) { // runs the code of "avxvnni" where there is no AVX-VNNI
@@ -276,16 +259,14 @@ static void find_sets(void)
         sets[n_sets++] = kernels_at(i);
 }
 
-static void run(const char *name, void (*test)(void))
-{
+static void run(const char *name, void (*test)(void)) {
     size_t before = passed;
     test();
     printf("%-10s %zu checks\n", name, passed - before);
     fflush(stdout);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     find_sets();
     if (argc >= 2 && strcmp(argv[1], "--bench") == 0) {
         kernels_bench(argc > 2 ? argv[2] : NULL);

@@ -20,16 +20,14 @@ struct part {
     size_t part, parts;
 };
 
-static void *run_part(void *p)
-{
+static void *run_part(void *p) {
     struct part *part = p;
     part->work(part->context, part->part, part->parts);
     return NULL;
 }
 
 /* Seconds of the fastest of several passes of WORK, cut in PARTS, each on its thread. */
-static double seconds_of(part_work *work, void *context, size_t parts)
-{
+static double seconds_of(part_work *work, void *context, size_t parts) {
     double best = 1e9;
     for (int pass = 0; pass < PASSES; pass++) {
         pthread_t threads[MOST_THREADS];
@@ -52,7 +50,7 @@ static double seconds_of(part_work *work, void *context, size_t parts)
     return best;
 }
 
-/* -- the machine's limits ------------------------------------------------------------------ */
+// ---- the machine's limits
 
 static struct {
     double bandwidth, fma, dot; // bytes, multiply-adds, int8 multiply-adds a second
@@ -61,8 +59,7 @@ static struct {
 static uint8_t *weights; // as large as any matrix here, larger than the caches
 enum { WEIGHT_BYTES = 512 << 20 };
 
-static void read_memory(void *context, size_t part, size_t parts)
-{
+static void read_memory(void *context, size_t part, size_t parts) {
     size_t words = WEIGHT_BYTES / 8 / parts;
     const uint64_t *p = (const uint64_t *)weights + part * words;
     uint64_t sum[16] = {0};
@@ -85,8 +82,7 @@ enum { PEAK_ROUNDS = 4000000 };
     "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",       \
         "xmm11", "xmm12", "xmm13"
 
-static void peak_fma(void *wide, size_t part, size_t parts)
-{
+static void peak_fma(void *wide, size_t part, size_t parts) {
     (void)part, (void)parts;
     for (int i = 0; i < PEAK_ROUNDS; i++)
         if (*(int *)wide)
@@ -95,16 +91,14 @@ static void peak_fma(void *wide, size_t part, size_t parts)
             __asm__ volatile(TWELVE(FMA_OP, "ymm", 12, 13)::: CLOBBERS);
 }
 
-static void peak_dot(void *wide, size_t part, size_t parts)
-{
+static void peak_dot(void *wide, size_t part, size_t parts) {
     (void)wide, (void)part, (void)parts;
     for (int i = 0; i < PEAK_ROUNDS; i++)
         __asm__ volatile(TWELVE(DOT_OP, "zmm", 12, 13)::: CLOBBERS);
 }
 #endif
 
-static void measure_limits(size_t threads)
-{
+static void measure_limits(size_t threads) {
     uint64_t sums[MOST_THREADS * 8];
     for (int all = 0; all < 2; all++) {
         size_t n = all ? threads : 1;
@@ -123,7 +117,7 @@ static void measure_limits(size_t threads)
     }
 }
 
-/* -- matmul -------------------------------------------------------------------------------- */
+// ---- matmul
 
 struct matmul_job {
     struct matmul m;
@@ -131,8 +125,7 @@ struct matmul_job {
     void (*entry)(const struct matmul *m, size_t first, size_t last);
 };
 
-static void run_matmul(void *context, size_t part, size_t parts)
-{
+static void run_matmul(void *context, size_t part, size_t parts) {
     struct matmul_job *job = context;
     // in chunks of 8 strips, as a forward pass hands them out
     for (size_t s = part * 8; s < job->strips; s += parts * 8)
@@ -141,8 +134,7 @@ static void run_matmul(void *context, size_t part, size_t parts)
 
 /* One line: COLUMNS wide, N tokens, as many rows as fill memory (n = 1) or 768. */
 static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns, size_t n,
-                         size_t threads)
-{
+                         size_t threads) {
     void (*entries[])(const struct matmul *, size_t, size_t) = {
         k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, k->matmul_q4};
     size_t strip = kind_strip_bytes(kind_find(kind), columns), groups = (columns + 31) / 32;
@@ -173,7 +165,7 @@ static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns,
     free(x), free(d), free(q), free(sum), free(y);
 }
 
-/* -- attention and rows, one thread -------------------------------------------------------- */
+// ---- attention and rows, one thread
 
 enum { POSITIONS = 2048, HEAD_DIM = 128, ROW = 4096 };
 
@@ -186,8 +178,7 @@ struct row_job {
     int32_t sum[ROW / 32];
 };
 
-static void run_row(void *context, size_t part, size_t parts)
-{
+static void run_row(void *context, size_t part, size_t parts) {
     struct row_job *j = context;
     const struct kernels *k = j->k;
     struct attention a = {j->q,     j->out, (size_t)j->n_queries,
@@ -207,8 +198,7 @@ static void run_row(void *context, size_t part, size_t parts)
         }
 }
 
-static void bench_rows(const struct kernels *k)
-{
+static void bench_rows(const struct kernels *k) {
     static const char *const names[] = {"attend_f32", "attend_f16", "quantize_row", "rms_norm",
                                         "rope",       "swiglu",     "add",          "to_f16"};
     static const int elements[] = {0, 0, ROW, 8 * HEAD_DIM, HEAD_DIM, ROW, ROW, HEAD_DIM};
@@ -236,8 +226,7 @@ static void bench_rows(const struct kernels *k)
     }
 }
 
-void kernels_bench(const char *isa)
-{
+void kernels_bench(const char *isa) {
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     size_t threads = online < 1 ? 1 : online > MOST_THREADS ? MOST_THREADS : (size_t)online;
     weights = aligned_alloc(4096, WEIGHT_BYTES);

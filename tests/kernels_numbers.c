@@ -3,15 +3,13 @@
 #include <string.h>
 #include "kernels_check.h"
 
-static uint32_t bits_of(float x)
-{
+static uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-static float float_of(uint32_t bits)
-{
+static float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
@@ -20,8 +18,7 @@ static float float_of(uint32_t bits)
 /* All 65,536 values survive the way up and down; between two neighbours the nearer is taken, and
  * half way the even one. */
 static void test_16_bits(const char *name, float (*up)(uint16_t), uint16_t (*down)(float),
-                         uint16_t infinity)
-{
+                         uint16_t infinity) {
     size_t lost = 0, wrong = 0;
     for (uint32_t i = 0; i < 65536; i++) {
         uint16_t bits = (uint16_t)i, size = bits & 0x7fff;
@@ -42,8 +39,7 @@ static void test_16_bits(const char *name, float (*up)(uint16_t), uint16_t (*dow
     check(wrong == 0, "%s: %zu values round wrong", name, wrong);
 }
 
-static void test_conversions(void)
-{
+static void test_conversions(void) {
     test_16_bits("f16", f16_to_f32, f32_to_f16, 0x7c00);
     test_16_bits("bf16", bf16_to_f32, f32_to_bf16, 0x7f80);
     check(f16_to_f32(0x3c00) == 1 && f16_to_f32(0xc000) == -2, "f16: 1 and -2");
@@ -66,8 +62,7 @@ static void test_conversions(void)
 }
 
 /* Over all floats in steps of 37: no more than 2 ulp from exp in double. */
-static void test_exp(void)
-{
+static void test_exp(void) {
     size_t finite = 0;
     double worst = 0;
     float at = 0;
@@ -98,8 +93,7 @@ static void test_exp(void)
 
 /* Encodes random rows of a size; the error must stay within half a step of the codes, plus what
  * rounding the scale to f16 (normal: 2^-11 of it, subnormal: 2^-25) does to the largest weight. */
-static void test_encoder(uint32_t kind, float size)
-{
+static void test_encoder(uint32_t kind, float size) {
     const struct kind *k = kind_find(kind);
     float x[TILE_ROWS * GROUP], y[TILE_ROWS * GROUP];
     uint8_t block[sizeof(struct block_q8)];
@@ -131,8 +125,7 @@ static void test_encoder(uint32_t kind, float size)
               relative);
 }
 
-static void test_extremes(uint32_t kind)
-{
+static void test_extremes(uint32_t kind) {
     const struct kind *k = kind_find(kind);
     float x[TILE_ROWS * GROUP] = {0}, y[TILE_ROWS * GROUP];
     uint8_t block[sizeof(struct block_q8)];
@@ -154,8 +147,7 @@ static void test_extremes(uint32_t kind)
 }
 
 /* Rows of a matrix come back from their strips, whatever the sizes. */
-static void test_decode_row(uint32_t kind)
-{
+static void test_decode_row(uint32_t kind) {
     const struct kind *k = kind_find(kind);
     enum { ROWS = 35, COLUMNS = 77 };
     static float x[48][96], row[COLUMNS];
@@ -180,8 +172,7 @@ static void test_decode_row(uint32_t kind)
     release_all();
 }
 
-void test_numbers(void)
-{
+void test_numbers(void) {
     test_conversions();
     test_exp();
     for (uint32_t kind = 0; kind < 5; kind++) {

@@ -8,8 +8,7 @@ static const size_t lengths[] = {1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 64, 100, 5
 enum { N_LENGTHS = sizeof lengths / sizeof *lengths, N_ROW_SCENES = 8 };
 
 /* Scenes of rows: sizes from subnormal to overflowing, then specials, then one NaN or infinity. */
-static float *make_row(size_t n, int scene)
-{
+static float *make_row(size_t n, int scene) {
     static const float scales[N_ROW_SCENES] = {1, 30, 1e-30f, 1e-39f, 1e20f, 3e38f, 1, 1};
     float *x = guarded(n * sizeof *x);
     fill(x, n, scales[scene]);
@@ -20,13 +19,11 @@ static float *make_row(size_t n, int scene)
     return x;
 }
 
-static float *copy_row(const float *x, size_t n)
-{
+static float *copy_row(const float *x, size_t n) {
     return memcpy(guarded(n * sizeof *x), x, n * sizeof *x);
 }
 
-static void test_quantize_row(size_t n, int scene)
-{
+static void test_quantize_row(size_t n, int scene) {
     size_t groups = (n + GROUP - 1) / GROUP, wrong = 0;
     const float *x = make_row(n, scene);
     int8_t *q = guarded(groups * GROUP);
@@ -57,8 +54,7 @@ static void test_quantize_row(size_t n, int scene)
     }
 }
 
-static void test_norm(size_t n, int scene)
-{
+static void test_norm(size_t n, int scene) {
     const float *x = make_row(n, scene), *w = make_row(n, 0), eps = scene % 2 ? 1e-5f : 0x1p-20f;
     float *want = guarded(n * sizeof *want);
     double sum = 0;
@@ -78,8 +74,7 @@ static void test_norm(size_t n, int scene)
     }
 }
 
-static void test_rope(size_t n, int scene)
-{
+static void test_rope(size_t n, int scene) {
     const float *x = make_row(n, scene), *cos = make_row(n / 2, 0), *sin = make_row(n / 2, 0);
     float *want = copy_row(x, n);
     size_t bad = 0;
@@ -97,8 +92,7 @@ static void test_rope(size_t n, int scene)
     }
 }
 
-static void test_elements(size_t n, int scene)
-{
+static void test_elements(size_t n, int scene) {
     const float *x = make_row(n, scene), *y = make_row(n, scene == 6 ? 6 : 0);
     float *gated = copy_row(x, n), *added = copy_row(x, n);
     uint16_t *half = guarded(n * sizeof *half);
@@ -129,8 +123,7 @@ static void test_elements(size_t n, int scene)
     }
 }
 
-void test_rows(void)
-{
+void test_rows(void) {
     for (int i = 0; i < N_LENGTHS; i++)
         for (int scene = 0; scene < N_ROW_SCENES; scene++) {
             test_quantize_row(lengths[i], scene);
@@ -145,7 +138,7 @@ void test_rows(void)
         }
 }
 
-/* -- attention ----------------------------------------------------------------------------- */
+// ---- attention
 
 struct shape {
     size_t n_queries, head_dim, n_positions;
@@ -153,8 +146,7 @@ struct shape {
 
 /* Random pages, each ending where memory does; positions past the last hold NaN. With SPECIALS
  * one value of the last position's key, or of its value, is not finite. */
-static const uint8_t **make_pages(struct shape s, int f16, size_t *v_offset, int specials)
-{
+static const uint8_t **make_pages(struct shape s, int f16, size_t *v_offset, int specials) {
     size_t n_pages = (s.n_positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS, size = f16 ? 2 : 4;
     size_t half = PAGE_POSITIONS * s.head_dim;
     const uint8_t **pages = guarded(n_pages * sizeof *pages);
@@ -176,8 +168,7 @@ static const uint8_t **make_pages(struct shape s, int f16, size_t *v_offset, int
     return pages;
 }
 
-static float element(const uint8_t *at, size_t i, int f16)
-{
+static float element(const uint8_t *at, size_t i, int f16) {
     uint16_t half;
     float x;
     memcpy(&half, at + 2 * i, f16 ? sizeof half : 0);
@@ -186,8 +177,7 @@ static float element(const uint8_t *at, size_t i, int f16)
 }
 
 /* softmax(q k) v in double, the plain way: the number of elements that are off. */
-static size_t wrong_attention(const struct attention *a, int f16)
-{
+static size_t wrong_attention(const struct attention *a, int f16) {
     size_t wrong = 0, n = a->head_dim;
     double s[512], out[128];
     for (size_t h = 0; h < a->n_queries; h++) {
@@ -214,8 +204,7 @@ static size_t wrong_attention(const struct attention *a, int f16)
     return wrong;
 }
 
-static void test_attend(struct shape s, int f16, int specials)
-{
+static void test_attend(struct shape s, int f16, int specials) {
     char what[128];
     size_t size = s.n_queries * s.head_dim, v_offset;
     float *q = guarded(size * sizeof *q), *want = guarded(size * sizeof *want);
@@ -238,8 +227,7 @@ static void test_attend(struct shape s, int f16, int specials)
     release_all();
 }
 
-void test_attention(void)
-{
+void test_attention(void) {
     static const size_t queries[] = {1, 2, 3, 4, 7, 8}, dims[] = {2, 6, 8, 64, 80, 128},
                         positions[] = {1, 15, 16, 17, 31, 32, 33, 64, 100, 321};
     for (size_t q = 0; q < 6; q++)

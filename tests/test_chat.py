@@ -21,6 +21,7 @@ from fake_engine import FakeEngine
 from llama.generate import Llama
 from llama.sampling import SamplingParams
 from llama.talk import Talk
+from llama.templates import SMOLLM2_SYSTEM
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -253,3 +254,21 @@ def test_at_a_terminal(tiny: Path) -> None:
     terminal.wait_for(">")
     terminal.send("\x04")  # Ctrl-D
     assert terminal.status() == 0
+
+
+# --- the default model
+
+
+def test_the_capital_of_france(default_model: Path) -> None:
+    with Llama(default_model) as llm:
+        if "smol" not in str(llm.meta.get("general.name", "")).lower():
+            pytest.skip(f"{default_model.name} is another model than SmolLM2")
+        default_system = llm.template.style.default_system
+        assert llm.template.family == "chatml" and default_system == SMOLLM2_SYSTEM
+        ids = llm.template.encode([{"role": "user", "content": "Hi"}])
+        assert "".join(map(llm.tokenizer.piece, ids)) == (
+            f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+    done = chat("--type", "greedy", stdin="What is the capital of France?\n/quit\n")
+    assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n")

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.batch import MAX_ACTIVE, MAX_IDLE, Turns, common_prefix
-from llama.completion import StopStrings
 from llama.errors import LlamaError
 from llama.generate import Llama
+from llama.job import StopStrings
 from llama.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

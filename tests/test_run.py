@@ -108,6 +108,7 @@ def test_many_prompts(stories: Path, tmp_path: Path) -> None:
     assert len(found) == 5
     assert found[0]["text"] + "\n" == run(*flags, "One day").stdout
     assert found[0] == found[4]
+    assert run(*flags, "--prompts", "-", stdin=file.read_text()).stdout == done.stdout
     assert found[1]["completion_tokens"] == 3
     assert found[2]["finish_reason"] == "stop" and "girl" not in found[2]["text"]
     seeded = run(
@@ -242,6 +243,20 @@ def test_help() -> None:
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("--type", "--top_p", "--seed", "--stop", "--max-seq-len", "--prompts"):
         assert flag in done.stdout
+
+
+def test_closed_streams_and_missing_packages(stories: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} run.py --bin {stories} --max_tokens=2 --type=greedy"
+    for redirect, status in (("a <&-", 0), ("<&-", 1), ("a >&-", 0), ("a 2>&-", 0)):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {redirect}"], cwd=ROOT, capture_output=True, check=False
+        )
+        assert done.returncode == status and b"Traceback" not in done.stderr, done
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('no', name='numpy')")
+    fails(
+        run("--bin", stories, "a", env=os.environ | {"PYTHONPATH": str(tmp_path)}),
+        "numpy is missing; pip install -r requirements.txt",
+    )
 
 
 # --- flags, in this process

@@ -10,16 +10,15 @@
 #include <math.h>
 #include <string.h>
 #include "exp.h"
-#include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-enum store { F32, F16, BF16, Q8, Q4 };
+/* Register blocks, of 16 registers: 1 strip by 6 tokens of floats, 1 by 4 of codes, whose sums as
+ * floats wait in L1. Pieces of columns that stay in L2, in L1. */
+enum { FLOAT_TOKENS = 6, GROUP_TOKENS = 4, PROMPT_STRIPS = 1, DECODE_STRIPS = 2 };
+enum { FLOAT_PIECE = 1024, GROUP_PIECE = 32 };
+#include "blocks.h"
 
 /* Elements i to i + 7 of an array of floats of a kind. */
-INLINE __m256 load8(const void *p, size_t i, enum store kind)
-{
+INLINE __m256 load8(const void *p, size_t i, enum store kind) {
     if (kind == F32)
         return _mm256_loadu_ps((const float *)p + i);
     __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)p + i));
@@ -29,8 +28,7 @@ INLINE __m256 load8(const void *p, size_t i, enum store kind)
 }
 
 /* The same where only N elements are left: zero in the other lanes. */
-INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n)
-{
+INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n) {
     uint32_t rest[8] = {0};
     size_t size = kind == F32 ? 4 : 2;
     if (n >= 8)
@@ -39,8 +37,7 @@ INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n)
     return load8(rest, 0, kind);
 }
 
-INLINE void store_some(float *p, __m256 v, size_t n)
-{
+INLINE void store_some(float *p, __m256 v, size_t n) {
     float rest[8];
     if (n >= 8) {
         _mm256_storeu_ps(p, v);
@@ -50,40 +47,34 @@ INLINE void store_some(float *p, __m256 v, size_t n)
     memcpy(p, rest, n * sizeof *p);
 }
 
-INLINE size_t left(size_t n, size_t i)
-{
+INLINE size_t left(size_t n, size_t i) {
     return n > i ? n - i : 0;
 }
 
-INLINE __m256 broadcast(float x)
-{
+INLINE __m256 broadcast(float x) {
     return _mm256_set1_ps(x);
 }
 
 /* Lanes 0..7 and 8..15. */
-INLINE float add_lanes(__m256 low, __m256 high)
-{
+INLINE float add_lanes(__m256 low, __m256 high) {
     __m256 eight = _mm256_add_ps(low, high);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-INLINE float max_lane(__m256 v)
-{
+INLINE float max_lane(__m256 v) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-INLINE __m256 absolute(__m256 v)
-{
+INLINE __m256 absolute(__m256 v) {
     return _mm256_andnot_ps(broadcast(-0.0f), v);
 }
 
 /* The steps of exp.h. */
-INLINE __m256 exp8(__m256 x)
-{
+INLINE __m256 exp8(__m256 x) {
     x = _mm256_max_ps(broadcast(EXP_LOW), x); // of a NaN, max and min give the second
     x = _mm256_min_ps(broadcast(EXP_HIGH), x);
     __m256 k = _mm256_fmadd_ps(x, broadcast(EXP_LOG2E), broadcast(EXP_ROUND));
@@ -104,31 +95,18 @@ INLINE __m256 exp8(__m256 x)
     return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 
-/* -- matmul: register blocks --------------------------------------------------------------- */
+// ---- matmul: register blocks
 
-enum { MOST_HALVES = 8, MOST_SUMS = 12 }; // 2 * S and 2 * S * T; a half is 8 rows of a strip
-
-/* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
- * units of the kind's block. Its accumulators wait in y between two calls. */
-struct place {
-    size_t strip, token, from, to;
-};
-
-/* The sums of half H (of all S strips' halves) for token T of the block. */
-INLINE float *sums_at(const struct matmul *m, const struct place *at, int h, int t)
-{
-    return m->y + (at->token + t) * m->y_stride + at->strip * TILE_ROWS + h * 8;
-}
+enum { MOST_HALVES = 8, MOST_SUMS = 12 }; // 2 * S and 2 * S * T: a half is 8 rows of a strip
 
 INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T)
-{
+                        const int S, const int T) {
     const int H = 2 * S;
     const uint8_t *w = m->w + at->strip * m->strip_bytes; // (columns, 16), S of them
     const float *x = m->in->x + at->token * m->in->x_stride;
     __m256 acc[MOST_SUMS], column[MOST_HALVES];
     UNROLL for (int i = 0; i < H * T; i++)
-        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H, i / H)) : broadcast(0);
+        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8) : broadcast(0);
     for (size_t c = at->from; c < at->to; c++) {
         UNROLL for (int h = 0; h < H; h++)
             column[h] = load8(w + h / 2 * m->strip_bytes, c * TILE_ROWS + h % 2 * 8, kind);
@@ -139,12 +117,11 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
         }
     }
     UNROLL for (int i = 0; i < H * T; i++)
-        _mm256_storeu_ps(sums_at(m, at, i % H, i / H), acc[i]);
+        _mm256_storeu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8, acc[i]);
 }
 
 /* Columns 4 * j to 4 * j + 3 of half H of a block: signed bytes of q8, the codes 0..15 of q4. */
-INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind)
-{
+INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS + 32 * h; // the scales stand first
     if (kind == Q8)
         return _mm256_loadu_si256((const void *)(q + 64 * j));
@@ -161,21 +138,18 @@ INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind)
 #else
 #define DPBUSD _mm256_dpbusd_epi32
 #endif
-INLINE __m256i first_sum(__m256i offset_sum, enum store kind)
-{
+INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
     (void)kind;
     return _mm256_sub_epi32(_mm256_setzero_si256(), offset_sum);
 }
 
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind)
-{
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
     if (kind == Q8)
         w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return DPBUSD(sum, w, a);
 }
 
-INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind)
-{
+INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind) {
     (void)offset_sum, (void)kind;
     return sum;
 }
@@ -183,47 +157,42 @@ INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind)
 /* vpmaddubsw adds two products in 16 bits, saturating. q4: all eight steps fit in 16 bits, for
  * 8 * 2 * 15 * 127 = 30480, so they are added there. q8: |w| times a with w's sign, at most
  * 2 * 128 * 127 = 32512, needs no offset but must be widened at each step. */
-INLINE __m256i first_sum(__m256i offset_sum, enum store kind)
-{
+INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
     (void)offset_sum, (void)kind;
     return _mm256_setzero_si256();
 }
 
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind)
-{
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
     if (kind == Q4)
         return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind)
-{
+INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind) {
     if (kind == Q8)
         return sum;
     return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), offset_sum);
 }
 #endif
 
-INLINE __m256i broadcast4(const int8_t *q)
-{
+INLINE __m256i broadcast4(const int8_t *q) {
     int32_t four;
     memcpy(&four, q, sizeof four);
     return _mm256_set1_epi32(four);
 }
 
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T)
-{
+                        const int S, const int T) {
     const int H = 2 * S;
     const struct input *in = m->in;
-    const size_t groups = (in->columns + GROUP - 1) / GROUP, token = at->token * groups;
+    const size_t groups = count_groups(in), token = at->token * groups;
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m256 acc[MOST_SUMS];
     __m256i sum[MOST_SUMS], w[MOST_HALVES];
     UNROLL for (int i = 0; i < H * T; i++)
-        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H, i / H)) : broadcast(0);
+        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
         const int offset = kind == Q8 ? 128 : 8;
         UNROLL for (int i = 0; i < H * T; i++)
@@ -248,81 +217,13 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         }
     }
     UNROLL for (int i = 0; i < H * T; i++)
-        _mm256_storeu_ps(sums_at(m, at, i % H, i / H), acc[i]);
+        _mm256_storeu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8, acc[i]);
 }
 
-/* -- matmul: blocks over strips, columns and tokens ---------------------------------------- */
-
-INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
-                  const int T)
-{
-    if (kind == Q8 || kind == Q4)
-        group_block(m, at, kind, S, T);
-    else
-        float_block(m, at, kind, S, T);
-}
-
-/* All tokens against one strip, in blocks of MOST while they last. */
-INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int most)
-{
-    const size_t n = m->in->n;
-    for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
-        block(m, &at, kind, 1, most);
-    switch (n - at.token) {
-    case 1: block(m, &at, kind, 1, 1); break;
-    case 2: block(m, &at, kind, 1, 2); break;
-    case 3: block(m, &at, kind, 1, 3); break;
-    case 4: block(m, &at, kind, 1, 4); break;
-    case 5: block(m, &at, kind, 1, 5); break;
-    }
-}
-
-INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind)
-{
-    const int quantised = kind == Q8 || kind == Q4, most = quantised ? 4 : 6;
-    const size_t columns = quantised ? (m->in->columns + GROUP - 1) / GROUP : m->in->columns;
-    const size_t piece = m->in->n <= (size_t)most ? columns : quantised ? 32 : 1024;
-    struct place at = {.strip = first};
-    if (m->in->n == 1)
-        for (at.to = columns; last - at.strip >= 2; at.strip += 2)
-            block(m, &at, kind, 2, 1);
-    for (; at.strip < last; at.strip++)
-        for (at.from = 0; at.from < columns; at.from = at.to) {
-            at.to = columns - at.from < piece ? columns : at.from + piece;
-            all_tokens(m, at, kind, most);
-        }
-}
-
-static void matmul_f32(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, F32);
-}
-
-static void matmul_f16(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, F16);
-}
-
-static void matmul_bf16(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, BF16);
-}
-
-static void matmul_q8(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, Q8);
-}
-
-static void matmul_q4(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, Q4);
-}
-
-/* -- one row at a time --------------------------------------------------------------------- */
+// ---- one row at a time
 
 /* One whole group. */
-INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum)
-{
+INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum) {
     __m256 v[4], most = broadcast(0), finite = broadcast(0);
     __m256i code[4];
     UNROLL for (int i = 0; i < 4; i++) {
@@ -352,8 +253,7 @@ INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum)
     *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum)
-{
+static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
     float rest[GROUP] = {0};
     size_t whole = n / GROUP;
     for (size_t g = 0; g < whole; g++)
@@ -364,8 +264,7 @@ static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t 
     }
 }
 
-static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps)
-{
+static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     __m256 low = broadcast(0), high = low;
     for (size_t i = 0; i < n; i += 16) {
         __m256 a = load_some(x, i, F32, left(n, i)), b = load_some(x, i + 8, F32, left(n, i + 8));
@@ -380,8 +279,7 @@ static void rms_norm(float *out, const float *x, const float *w, size_t n, float
     }
 }
 
-static void rope(float *x, const float *cos, const float *sin, size_t n)
-{
+static void rope(float *x, const float *cos, const float *sin, size_t n) {
     const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
     size_t i = 0;
     for (; n - i >= 8; i += 8) { // four pairs
@@ -402,8 +300,7 @@ static void rope(float *x, const float *cos, const float *sin, size_t n)
     }
 }
 
-static void swiglu(float *gate, const float *up, size_t n)
-{
+static void swiglu(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         __m256 g = load_some(gate, i, F32, left(n, i));
         __m256 e = exp8(_mm256_xor_ps(g, broadcast(-0.0f)));
@@ -413,16 +310,14 @@ static void swiglu(float *gate, const float *up, size_t n)
     }
 }
 
-static void add(float *x, const float *y, size_t n)
-{
+static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         __m256 a = load_some(x, i, F32, left(n, i)), b = load_some(y, i, F32, left(n, i));
         store_some(x + i, _mm256_add_ps(a, b), left(n, i));
     }
 }
 
-static void to_f16(uint16_t *out, const float *x, size_t n)
-{
+static void to_f16(uint16_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         uint16_t half[8];
         __m256 v = load_some(x, i, F32, left(n, i));
@@ -431,7 +326,7 @@ static void to_f16(uint16_t *out, const float *x, size_t n)
     }
 }
 
-/* -- attention ----------------------------------------------------------------------------- */
+// ---- attention
 
 enum { MOST_QUERIES = 4, HALVES = PAGE_POSITIONS / 8 }; // a half is 8 positions of a tile of 16
 
@@ -444,8 +339,7 @@ struct softmax {
 };
 
 INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, size_t head_dim,
-                       enum store kind, const int Q)
-{
+                       enum store kind, const int Q) {
     for (size_t j = 0; j < PAGE_POSITIONS; j += 16) {
         __m256 s[MOST_QUERIES * 2];
         UNROLL for (int i = 0; i < Q * 2; i++)
@@ -465,8 +359,7 @@ INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, 
 }
 
 /* Turns the scores of query H on a page's first N positions into weights, zero beyond. */
-INLINE void weigh_page(struct softmax *state, int h, size_t n)
-{
+INLINE void weigh_page(struct softmax *state, int h, size_t n) {
     const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
     float before = state->m[h];
     __m256 most = broadcast(before), valid[HALVES];
@@ -492,8 +385,7 @@ INLINE void weigh_page(struct softmax *state, int h, size_t n)
  * last 8 there are. */
 INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
                        size_t n, size_t head_dim, size_t some, enum store kind, const int Q,
-                       const int D)
-{
+                       const int D) {
     __m256 acc[MOST_QUERIES * 2], value[2];
     UNROLL for (int j = 0; j < Q * D; j++) {
         acc[j] = load_some(out, j / D * head_dim + i + j % D * 8, F32, some);
@@ -512,8 +404,7 @@ INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v
         store_some(out + j / D * head_dim + i + j % D * 8, acc[j], some);
 }
 
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q)
-{
+INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q) {
     const size_t head_dim = a->head_dim;
     const float *q = a->q + query * head_dim;
     float *out = a->out + query * head_dim;
@@ -545,60 +436,17 @@ INLINE void attend_queries(const struct attention *a, size_t query, enum store k
     }
 }
 
-INLINE void attend(const struct attention *a, enum store kind)
-{
-    size_t query = 0;
-    for (; a->n_queries - query >= 4; query += 4)
-        attend_queries(a, query, kind, 4);
-    switch (a->n_queries - query) {
-    case 3: attend_queries(a, query, kind, 3); break;
-    case 2: attend_queries(a, query, kind, 2); break;
-    case 1: attend_queries(a, query, kind, 1); break;
-    }
-}
-
-static void attend_f32(const struct attention *a)
-{
-    attend(a, F32);
-}
-
-static void attend_f16(const struct attention *a)
-{
-    attend(a, F16);
-}
-
-INLINE void fill(struct kernels *k, const char *isa)
-{
-    k->isa = isa;
-    k->matmul_f32 = matmul_f32;
-    k->matmul_f16 = matmul_f16;
-    k->matmul_bf16 = matmul_bf16;
-    k->matmul_q8 = matmul_q8;
-    k->matmul_q4 = matmul_q4;
-    k->quantize_row = quantize_row;
-    k->rms_norm = rms_norm;
-    k->rope = rope;
-    k->swiglu = swiglu;
-    k->add = add;
-    k->attend_f32 = attend_f32;
-    k->attend_f16 = attend_f16;
-    k->to_f16 = to_f16;
-}
-
 #if defined(__AVXVNNI__)
-void kernels_avxvnni(struct kernels *k)
-{
-    fill(k, "avxvnni");
+void kernels_avxvnni(struct kernels *k) {
+    fill_table(k, "avxvnni");
 }
 #elif defined(__AVX512VNNI__)
-void kernels_evexvnni(struct kernels *k)
-{
-    fill(k, "evexvnni");
+void kernels_evexvnni(struct kernels *k) {
+    fill_table(k, "evexvnni");
 }
 #else
-void kernels_avx2(struct kernels *k)
-{
-    fill(k, "avx2");
+void kernels_avx2(struct kernels *k) {
+    fill_table(k, "avx2");
 }
 #endif
 #endif

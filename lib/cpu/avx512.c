@@ -10,17 +10,17 @@
 #include <math.h>
 #include <string.h>
 #include "exp.h"
-#include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32")
+/* Register blocks, of 32 registers: 2 strips by 12 tokens of floats; 2 by 6 of codes, whose sums
+ * are kept twice, as integers and as floats. Pieces of columns that stay in L2, in L1. */
+enum { FLOAT_TOKENS = 12, GROUP_TOKENS = 6, PROMPT_STRIPS = 2, DECODE_STRIPS = 4 };
+enum { FLOAT_PIECE = 1024, GROUP_PIECE = 32 };
+#include "blocks.h"
 
-enum store { F32, F16, BF16, Q8, Q4 };
 enum { ALL = 0xffff };
 
 /* Elements i to i + 15 of an array of floats of a kind: the lanes of MASK, zero in the others. */
-INLINE __m512 load16(const void *p, size_t i, enum store kind, __mmask16 mask)
-{
+INLINE __m512 load16(const void *p, size_t i, enum store kind, __mmask16 mask) {
     if (kind == F32)
         return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
     __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + i);
@@ -29,13 +29,11 @@ INLINE __m512 load16(const void *p, size_t i, enum store kind, __mmask16 mask)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-INLINE __mmask16 lanes_below(size_t n)
-{
+INLINE __mmask16 lanes_below(size_t n) {
     return (__mmask16)(n < 16 ? (1u << n) - 1 : ALL);
 }
 
-INLINE float add_lanes(__m512 lanes)
-{
+INLINE float add_lanes(__m512 lanes) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -43,8 +41,7 @@ INLINE float add_lanes(__m512 lanes)
 }
 
 /* The steps of exp.h. scalef multiplies by 2^k with the one rounding that the halves have. */
-INLINE __m512 exp16(__m512 x)
-{
+INLINE __m512 exp16(__m512 x) {
     const __m512 one = _mm512_set1_ps(1), round = _mm512_set1_ps(EXP_ROUND);
     x = _mm512_max_ps(_mm512_set1_ps(EXP_LOW), x); // of a NaN, max and min give the second
     x = _mm512_min_ps(_mm512_set1_ps(EXP_HIGH), x);
@@ -60,24 +57,12 @@ INLINE __m512 exp16(__m512 x)
     return _mm512_scalef_ps(p, k);
 }
 
-/* -- matmul: register blocks --------------------------------------------------------------- */
+// ---- matmul: register blocks
 
 enum { MOST_STRIPS = 4, MOST_SUMS = 24 }; // S, and S * T
 
-/* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
- * units of the kind's block. Its accumulators wait in y between two calls. */
-struct place {
-    size_t strip, token, from, to;
-};
-
-INLINE float *sums_at(const struct matmul *m, const struct place *at, int s, int t)
-{
-    return m->y + (at->token + t) * m->y_stride + (at->strip + s) * TILE_ROWS;
-}
-
 INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T)
-{
+                        const int S, const int T) {
     const uint8_t *w = m->w + at->strip * m->strip_bytes; // (columns, 16), S of them
     const float *x = m->in->x + at->token * m->in->x_stride;
     __m512 acc[MOST_SUMS], column[MOST_STRIPS];
@@ -99,21 +84,18 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
 /* s + the dot products of each lane's four weight codes with the four bytes of A. Weights come
  * as unsigned bytes with an offset (128 for q8, 8 for q4), which `offset_sum` takes away. */
 #if defined(__AVX512VNNI__)
-INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind)
-{
+INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind) {
     (void)kind;
     return _mm512_dpbusd_epi32(s, w, a);
 }
 
-INLINE __m512i offset_sum(int32_t sum, enum store kind)
-{
+INLINE __m512i offset_sum(int32_t sum, enum store kind) {
     return _mm512_set1_epi32(sum * (kind == Q8 ? -128 : -8));
 }
 #else
 /* vpmaddubsw saturates at 16 bits: 2 * 15 * 127 of q4 fits as it is; q8 goes as |w| times a with
  * w's sign, at most 2 * 128 * 127 = 32512, so it needs no offset. */
-INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind)
-{
+INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind) {
     if (kind == Q8) {
         w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
         a = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);
@@ -123,15 +105,13 @@ INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind)
     return _mm512_add_epi32(s, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 
-INLINE __m512i offset_sum(int32_t sum, enum store kind)
-{
+INLINE __m512i offset_sum(int32_t sum, enum store kind) {
     return kind == Q8 ? _mm512_setzero_si512() : _mm512_set1_epi32(-8 * sum);
 }
 #endif
 
 /* Columns 4 * j to 4 * j + 3 of a block, as unsigned bytes with the kind's offset. */
-INLINE __m512i codes(const uint8_t *block, int j, enum store kind)
-{
+INLINE __m512i codes(const uint8_t *block, int j, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS; // the scales stand first
     if (kind == Q8)
         return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), _mm512_set1_epi8(-128));
@@ -139,18 +119,16 @@ INLINE __m512i codes(const uint8_t *block, int j, enum store kind)
     return _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
 }
 
-INLINE __m512i broadcast4(const int8_t *q)
-{
+INLINE __m512i broadcast4(const int8_t *q) {
     int32_t four;
     memcpy(&four, q, sizeof four);
     return _mm512_set1_epi32(four);
 }
 
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T)
-{
+                        const int S, const int T) {
     const struct input *in = m->in;
-    const size_t groups = (in->columns + GROUP - 1) / GROUP, token = at->token * groups;
+    const size_t groups = count_groups(in), token = at->token * groups;
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m512 acc[MOST_SUMS];
@@ -182,86 +160,9 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         _mm512_storeu_ps(sums_at(m, at, i % S, i / S), acc[i]);
 }
 
-/* -- matmul: blocks over strips, columns and tokens ---------------------------------------- */
+// ---- one row at a time
 
-INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
-                  const int T)
-{
-    if (kind == Q8 || kind == Q4)
-        group_block(m, at, kind, S, T);
-    else
-        float_block(m, at, kind, S, T);
-}
-
-/* All tokens, in blocks of MOST while they last, the rest in equal parts of up to 6. */
-INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int S,
-                       const int most)
-{
-    const size_t n = m->in->n;
-    for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
-        block(m, &at, kind, S, most);
-    while (at.token < n) {
-        size_t rest = n - at.token, size = rest > 6 ? (rest + 1) / 2 : rest;
-        switch (size) {
-        case 1: block(m, &at, kind, S, 1); break;
-        case 2: block(m, &at, kind, S, 2); break;
-        case 3: block(m, &at, kind, S, 3); break;
-        case 4: block(m, &at, kind, S, 4); break;
-        case 5: block(m, &at, kind, S, 5); break;
-        case 6: block(m, &at, kind, S, 6); break;
-        }
-        at.token += size;
-    }
-}
-
-INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind)
-{
-    const int quantised = kind == Q8 || kind == Q4, most = quantised ? 6 : 12;
-    const size_t columns = quantised ? (m->in->columns + GROUP - 1) / GROUP : m->in->columns;
-    const size_t piece = m->in->n <= (size_t)most ? columns : quantised ? 32 : 1024;
-    struct place at = {.strip = first};
-    if (m->in->n == 1)
-        for (at.to = columns; last - at.strip >= 4; at.strip += 4)
-            block(m, &at, kind, 4, 1);
-    for (; at.strip < last; at.strip += last - at.strip >= 2 ? 2 : 1)
-        for (at.from = 0; at.from < columns; at.from = at.to) {
-            at.to = columns - at.from < piece ? columns : at.from + piece;
-            if (last - at.strip >= 2)
-                all_tokens(m, at, kind, 2, most);
-            else
-                all_tokens(m, at, kind, 1, most);
-        }
-}
-
-static void matmul_f32(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, F32);
-}
-
-static void matmul_f16(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, F16);
-}
-
-static void matmul_bf16(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, BF16);
-}
-
-static void matmul_q8(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, Q8);
-}
-
-static void matmul_q4(const struct matmul *m, size_t first, size_t last)
-{
-    matmul(m, first, last, Q4);
-}
-
-/* -- one row at a time --------------------------------------------------------------------- */
-
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum)
-{
+static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
     const __m512 largest_finite = _mm512_set1_ps(FLT_MAX);
     for (size_t i = 0, g = 0; i < n; i += GROUP, g++) {
         __m512 a = load16(x, i, F32, lanes_below(n - i));
@@ -286,8 +187,7 @@ static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t 
     }
 }
 
-static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps)
-{
+static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     __m512 lanes = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {
         __m512 v = load16(x, i, F32, lanes_below(n - i));
@@ -301,8 +201,7 @@ static void rms_norm(float *out, const float *x, const float *w, size_t n, float
     }
 }
 
-static void rope(float *x, const float *cos, const float *sin, size_t n)
-{
+static void rope(float *x, const float *cos, const float *sin, size_t n) {
     const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     for (size_t i = 0; i < n; i += 16) { // eight pairs
         __mmask16 mask = lanes_below(n - i), half = n - i < 16 ? lanes_below((n - i) / 2) : 0xff;
@@ -317,8 +216,7 @@ static void rope(float *x, const float *cos, const float *sin, size_t n)
     }
 }
 
-static void swiglu(float *gate, const float *up, size_t n)
-{
+static void swiglu(float *gate, const float *up, size_t n) {
     const __m512i sign = _mm512_set1_epi32(INT32_MIN);
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes_below(n - i);
@@ -329,8 +227,7 @@ static void swiglu(float *gate, const float *up, size_t n)
     }
 }
 
-static void add(float *x, const float *y, size_t n)
-{
+static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes_below(n - i);
         __m512 sum = _mm512_add_ps(load16(x, i, F32, mask), load16(y, i, F32, mask));
@@ -338,8 +235,7 @@ static void add(float *x, const float *y, size_t n)
     }
 }
 
-static void to_f16(uint16_t *out, const float *x, size_t n)
-{
+static void to_f16(uint16_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 mask = lanes_below(n - i);
         __m256i half = _mm512_cvtps_ph(load16(x, i, F32, mask), _MM_FROUND_TO_NEAREST_INT);
@@ -347,7 +243,7 @@ static void to_f16(uint16_t *out, const float *x, size_t n)
     }
 }
 
-/* -- attention ----------------------------------------------------------------------------- */
+// ---- attention
 
 enum { MOST_QUERIES = 4, TILES = PAGE_POSITIONS / 16 };
 
@@ -361,8 +257,7 @@ struct softmax {
 
 /* Scores of a page's first N positions, turned into weights. */
 INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, size_t n,
-                       size_t head_dim, enum store kind, const int Q)
-{
+                       size_t head_dim, enum store kind, const int Q) {
     __m512 s[MOST_QUERIES * TILES], tile[TILES];
     UNROLL for (int i = 0; i < Q * TILES; i++)
         s[i] = _mm512_setzero_ps();
@@ -398,8 +293,7 @@ INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, 
 /* Adds the page's values to dimensions [i, i + 16 D) of each query's sum; MASK: of the last 16. */
 INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
                        size_t n, size_t head_dim, __mmask16 mask, enum store kind, const int Q,
-                       const int D)
-{
+                       const int D) {
     __m512 acc[MOST_QUERIES * 4], value[4];
     UNROLL for (int j = 0; j < Q * D; j++)
         acc[j] = _mm512_mul_ps(load16(out, j / D * head_dim + i + j % D * 16, F32, mask),
@@ -417,8 +311,7 @@ INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v
         _mm512_mask_storeu_ps(out + j / D * head_dim + i + j % D * 16, mask, acc[j]);
 }
 
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q)
-{
+INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q) {
     const size_t head_dim = a->head_dim;
     const float *q = a->q + query * head_dim;
     float *out = a->out + query * head_dim;
@@ -448,51 +341,13 @@ INLINE void attend_queries(const struct attention *a, size_t query, enum store k
     }
 }
 
-INLINE void attend(const struct attention *a, enum store kind)
-{
-    size_t query = 0;
-    for (; a->n_queries - query >= 4; query += 4)
-        attend_queries(a, query, kind, 4);
-    switch (a->n_queries - query) {
-    case 3: attend_queries(a, query, kind, 3); break;
-    case 2: attend_queries(a, query, kind, 2); break;
-    case 1: attend_queries(a, query, kind, 1); break;
-    }
-}
-
-static void attend_f32(const struct attention *a)
-{
-    attend(a, F32);
-}
-
-static void attend_f16(const struct attention *a)
-{
-    attend(a, F16);
-}
-
 #if defined(__AVX512VNNI__)
-void kernels_avx512vnni(struct kernels *k)
-#else
-void kernels_avx512(struct kernels *k)
-#endif
-{
-#if defined(__AVX512VNNI__)
-    k->isa = "avx512vnni";
-#else
-    k->isa = "avx512";
-#endif
-    k->matmul_f32 = matmul_f32;
-    k->matmul_f16 = matmul_f16;
-    k->matmul_bf16 = matmul_bf16;
-    k->matmul_q8 = matmul_q8;
-    k->matmul_q4 = matmul_q4;
-    k->quantize_row = quantize_row;
-    k->rms_norm = rms_norm;
-    k->rope = rope;
-    k->swiglu = swiglu;
-    k->add = add;
-    k->attend_f32 = attend_f32;
-    k->attend_f16 = attend_f16;
-    k->to_f16 = to_f16;
+void kernels_avx512vnni(struct kernels *k) {
+    fill_table(k, "avx512vnni");
 }
+#else
+void kernels_avx512(struct kernels *k) {
+    fill_table(k, "avx512");
+}
+#endif
 #endif

@@ -18,8 +18,7 @@ enum {
 #include <cpuid.h>
 
 /* The register state the operating system saves (Intel SDM vol. 1, 13.3). */
-static unsigned saved_state(void)
-{
+static unsigned saved_state(void) {
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return low;
@@ -27,8 +26,7 @@ static unsigned saved_state(void)
 
 /* Bits as in Intel SDM vol. 2, CPUID. Our own reading, since compilers' built-in names for
  * these differ and older ones lack AVX-VNNI. */
-static unsigned cpu_features(void)
-{
+static unsigned cpu_features(void) {
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, F16C = 1 << 29, AVX2 = 1 << 5 };
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
     unsigned a, b, c, d, highest, features = 0;
@@ -46,8 +44,7 @@ static unsigned cpu_features(void)
     return features;
 }
 #else
-static unsigned cpu_features(void)
-{
+static unsigned cpu_features(void) {
     return 0;
 }
 #endif
@@ -69,8 +66,7 @@ static struct kernels tables[sizeof sets / sizeof *sets];
 static size_t n_tables;
 static pthread_once_t filled = PTHREAD_ONCE_INIT;
 
-static void fill_tables(void)
-{
+static void fill_tables(void) {
     unsigned features = cpu_features();
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if ((features & sets[i].needs) == sets[i].needs) {
@@ -79,14 +75,12 @@ static void fill_tables(void)
         }
 }
 
-const struct kernels *kernels_at(size_t i)
-{
+const struct kernels *kernels_at(size_t i) {
     pthread_once(&filled, fill_tables);
     return i < n_tables ? &tables[i] : NULL;
 }
 
-const struct kernels *kernels_find(const char *name)
-{
+const struct kernels *kernels_find(const char *name) {
     const struct kernels *k;
     for (size_t i = 0; (k = kernels_at(i)); i++)
         if (!name || strcmp(name, k->isa) == 0)

@@ -16,8 +16,7 @@ static float power_of_two(int k) // -126 <= k <= 127
     return value;
 }
 
-float exp_f32(float x)
-{
+float exp_f32(float x) {
     if (x != x)
         return x;
     x = x < EXP_LOW ? EXP_LOW : x;
@@ -35,8 +34,7 @@ float exp_f32(float x)
     return p * power_of_two(half) * power_of_two((int)k - half);
 }
 
-static float add_lanes(const float lanes[16])
-{
+static float add_lanes(const float lanes[16]) {
     float sum[16];
     memcpy(sum, lanes, sizeof sum);
     for (int step = 8; step >= 1; step /= 2)
@@ -45,36 +43,31 @@ static float add_lanes(const float lanes[16])
     return sum[0];
 }
 
-static float load_f32(const void *p, size_t i)
-{
+static float load_f32(const void *p, size_t i) {
     float value;
     memcpy(&value, (const uint8_t *)p + 4 * i, sizeof value);
     return value;
 }
 
-static uint16_t load_u16(const void *p, size_t i)
-{
+static uint16_t load_u16(const void *p, size_t i) {
     uint16_t bits;
     memcpy(&bits, (const uint8_t *)p + 2 * i, sizeof bits);
     return bits;
 }
 
-static float load_f16(const void *p, size_t i)
-{
+static float load_f16(const void *p, size_t i) {
     return f16_to_f32(load_u16(p, i));
 }
 
-static float load_bf16(const void *p, size_t i)
-{
+static float load_bf16(const void *p, size_t i) {
     return bf16_to_f32(load_u16(p, i));
 }
 
-/* -- matmul -------------------------------------------------------------------------------- */
+// ---- matmul
 
 typedef float load(const void *p, size_t i);
 
-static void matmul_float(const struct matmul *m, size_t first, size_t last, load *weight)
-{
+static void matmul_float(const struct matmul *m, size_t first, size_t last, load *weight) {
     const struct input *in = m->in;
     for (size_t strip = first; strip < last; strip++)
         for (size_t t = 0; t < in->n; t++) {
@@ -88,26 +81,22 @@ static void matmul_float(const struct matmul *m, size_t first, size_t last, load
         }
 }
 
-static void matmul_f32(const struct matmul *m, size_t first, size_t last)
-{
+static void matmul_f32(const struct matmul *m, size_t first, size_t last) {
     matmul_float(m, first, last, load_f32);
 }
 
-static void matmul_f16(const struct matmul *m, size_t first, size_t last)
-{
+static void matmul_f16(const struct matmul *m, size_t first, size_t last) {
     matmul_float(m, first, last, load_f16);
 }
 
-static void matmul_bf16(const struct matmul *m, size_t first, size_t last)
-{
+static void matmul_bf16(const struct matmul *m, size_t first, size_t last) {
     matmul_float(m, first, last, load_bf16);
 }
 
 /* One group of one row: the sum of code * q over its columns. */
 typedef int32_t dot(const void *block, size_t row, const int8_t *q);
 
-static int32_t dot_q8(const void *block, size_t row, const int8_t *q)
-{
+static int32_t dot_q8(const void *block, size_t row, const int8_t *q) {
     const struct block_q8 *b = block;
     int32_t sum = 0;
     for (int c = 0; c < GROUP; c++)
@@ -115,8 +104,7 @@ static int32_t dot_q8(const void *block, size_t row, const int8_t *q)
     return sum;
 }
 
-static int32_t dot_q4(const void *block, size_t row, const int8_t *q)
-{
+static int32_t dot_q4(const void *block, size_t row, const int8_t *q) {
     const struct block_q4 *b = block;
     int32_t sum = 0;
     for (int c = 0; c < GROUP / 2; c++) {
@@ -127,8 +115,7 @@ static int32_t dot_q4(const void *block, size_t row, const int8_t *q)
 }
 
 static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot *sum,
-                          size_t block_bytes)
-{
+                          size_t block_bytes) {
     const struct input *in = m->in;
     size_t groups = (in->columns + GROUP - 1) / GROUP;
     for (size_t strip = first; strip < last; strip++)
@@ -145,20 +132,17 @@ static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot
         }
 }
 
-static void matmul_q8(const struct matmul *m, size_t first, size_t last)
-{
+static void matmul_q8(const struct matmul *m, size_t first, size_t last) {
     matmul_groups(m, first, last, dot_q8, sizeof(struct block_q8));
 }
 
-static void matmul_q4(const struct matmul *m, size_t first, size_t last)
-{
+static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
     matmul_groups(m, first, last, dot_q4, sizeof(struct block_q4));
 }
 
-/* -- one row at a time --------------------------------------------------------------------- */
+// ---- one row at a time
 
-static void quantize_group(const float *x, size_t n, int8_t *q, float *d, int32_t *sum)
-{
+static void quantize_group(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
     float largest = 0;
     int finite = 1;
     for (size_t i = 0; i < n; i++) {
@@ -177,14 +161,12 @@ static void quantize_group(const float *x, size_t n, int8_t *q, float *d, int32_
     }
 }
 
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum)
-{
+static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
     for (size_t i = 0, g = 0; i < n; i += GROUP, g++)
         quantize_group(x + i, n - i < GROUP ? n - i : GROUP, q + i, d + g, sum + g);
 }
 
-static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps)
-{
+static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     float lanes[16] = {0};
     for (size_t i = 0; i < n; i++)
         lanes[i % 16] = fmaf(x[i], x[i], lanes[i % 16]);
@@ -193,8 +175,7 @@ static void rms_norm(float *out, const float *x, const float *w, size_t n, float
         out[i] = w[i] * (x[i] * s);
 }
 
-static void rope(float *x, const float *cos, const float *sin, size_t n)
-{
+static void rope(float *x, const float *cos, const float *sin, size_t n) {
     for (size_t i = 0; i < n / 2; i++) {
         float a = x[2 * i], b = x[2 * i + 1];
         x[2 * i] = fmaf(a, cos[i], -(b * sin[i]));
@@ -202,30 +183,26 @@ static void rope(float *x, const float *cos, const float *sin, size_t n)
     }
 }
 
-static void swiglu(float *gate, const float *up, size_t n)
-{
+static void swiglu(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++)
         gate[i] = gate[i] / (1 + exp_f32(-gate[i])) * up[i];
 }
 
-static void add(float *x, const float *y, size_t n)
-{
+static void add(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++)
         x[i] += y[i];
 }
 
-static void to_f16(uint16_t *out, const float *x, size_t n)
-{
+static void to_f16(uint16_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++)
         out[i] = f32_to_f16(x[i]);
 }
 
-/* -- attention ----------------------------------------------------------------------------- */
+// ---- attention
 
 /* One page for one query: folds N positions into OUT and the state (m, lanes). */
 static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size_t n,
-                        size_t head_dim, load *element, float *m, float lanes[16], float *out)
-{
+                        size_t head_dim, load *element, float *m, float lanes[16], float *out) {
     float s[PAGE_POSITIONS], before = *m;
     for (size_t p = 0; p < n; p++) {
         s[p] = 0;
@@ -247,8 +224,7 @@ static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size
     }
 }
 
-static void attend(const struct attention *a, load *element)
-{
+static void attend(const struct attention *a, load *element) {
     for (size_t j = 0; j < a->n_queries; j++) {
         float *out = a->out + j * a->head_dim, m = -INFINITY, lanes[16] = {0};
         memset(out, 0, a->head_dim * sizeof *out);
@@ -264,18 +240,15 @@ static void attend(const struct attention *a, load *element)
     }
 }
 
-static void attend_f32(const struct attention *a)
-{
+static void attend_f32(const struct attention *a) {
     attend(a, load_f32);
 }
 
-static void attend_f16(const struct attention *a)
-{
+static void attend_f16(const struct attention *a) {
     attend(a, load_f16);
 }
 
-void kernels_scalar(struct kernels *k)
-{
+void kernels_scalar(struct kernels *k) {
     *k = (struct kernels){
         .isa = "scalar",
         .matmul_f32 = matmul_f32,

@@ -34,7 +34,7 @@ class Result:
     cached_tokens: int  # of the prompt, taken from earlier work and not computed again
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
-    seed: int  # the same seed gives the same text
+    seed: int | None  # the same seed gives the same text; None where greedy draws nothing
 
 
 class StopStrings:
@@ -126,13 +126,12 @@ class Job:
         """Ends the completion; returns the text that was held back."""
         text = self._stops.feed(self._decoder.finish(), last=True)
         self.text += text
-        assert self.params.seed is not None
         self.result = Result(
             text=self.text, token_ids=self.ids[self.n_prompt :],
             finish_reason="stop" if self._stops.hit else reason,
             prompt_tokens=self.n_prompt, cached_tokens=self._cached,
             prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
-            seed=self.params.seed,
+            seed=self.params.seed if self.params.temperature else None,
         )  # fmt: skip
         return text
 

@@ -1,0 +1,160 @@
+/* blocks.h: what the ISA files share: how register blocks are laid over a matrix, and the table.
+ *
+ * An ISA file writes, in its own intrinsics, a register block of S strips by T tokens as inlined
+ * functions whose S, T and kind are constants where they are called from here, so that each call
+ * becomes its own unrolled loop. Their best sizes stand in the file that includes this one. */
+#ifndef BLOCKS_H
+#define BLOCKS_H
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+enum store { F32, F16, BF16, Q8, Q4 };
+
+/* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
+ * units of the kind's block. */
+struct place {
+    size_t strip, token, from, to;
+};
+
+/* The sums of strip S for token T of a block, (16). They are zero at column 0 and stand here
+ * between one piece of the columns and the next. */
+INLINE float *sums_at(const struct matmul *m, const struct place *at, int s, int t) {
+    return m->y + (at->token + t) * m->y_stride + (at->strip + s) * TILE_ROWS;
+}
+
+INLINE size_t count_groups(const struct input *in) {
+    return (in->columns + GROUP - 1) / GROUP;
+}
+
+// ---- what an ISA file supplies
+
+INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
+                        const int S, const int T);
+INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
+                        const int S, const int T);
+/* Queries [query, query + Q) of an attention; Q from 1 to 4. */
+INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q);
+static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
+static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps);
+static void rope(float *x, const float *cos, const float *sin, size_t n);
+static void swiglu(float *gate, const float *up, size_t n);
+static void add(float *x, const float *y, size_t n);
+static void to_f16(uint16_t *out, const float *x, size_t n);
+
+// ---- matmul
+
+INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
+                  const int T) {
+    if (kind == Q8 || kind == Q4)
+        group_block(m, at, kind, S, T);
+    else
+        float_block(m, at, kind, S, T);
+}
+
+/* All tokens against S strips: blocks of MOST while they last, the rest in equal parts. */
+INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int S,
+                       const int most) {
+    const size_t n = m->in->n;
+    for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
+        block(m, &at, kind, S, most);
+    while (at.token < n) {
+        size_t rest = n - at.token, size = rest > 6 ? (rest + 1) / 2 : rest;
+        switch (size) {
+        case 1: block(m, &at, kind, S, 1); break;
+        case 2: block(m, &at, kind, S, 2); break;
+        case 3: block(m, &at, kind, S, 3); break;
+        case 4: block(m, &at, kind, S, 4); break;
+        case 5: block(m, &at, kind, S, 5); break;
+        case 6: block(m, &at, kind, S, 6); break;
+        }
+        at.token += size;
+    }
+}
+
+/* One token: memory is what waits, and several strips at once keep more reads in flight. Many:
+ * a piece of a few strips, small enough for the nearest caches, meets all tokens. */
+INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind) {
+    const int quantised = kind == Q8 || kind == Q4, most = quantised ? GROUP_TOKENS : FLOAT_TOKENS;
+    const size_t columns = quantised ? count_groups(m->in) : m->in->columns;
+    const size_t whole = quantised ? GROUP_PIECE : FLOAT_PIECE;
+    const size_t piece = m->in->n <= (size_t)most ? columns : whole;
+    struct place at = {.strip = first};
+    if (m->in->n == 1)
+        for (at.to = columns; last - at.strip >= DECODE_STRIPS; at.strip += DECODE_STRIPS)
+            block(m, &at, kind, DECODE_STRIPS, 1);
+    for (int S; at.strip < last; at.strip += S) {
+        S = last - at.strip >= PROMPT_STRIPS ? PROMPT_STRIPS : 1;
+        for (at.from = 0; at.from < columns; at.from = at.to) {
+            at.to = columns - at.from < piece ? columns : at.from + piece;
+            if (S == PROMPT_STRIPS)
+                all_tokens(m, at, kind, PROMPT_STRIPS, most);
+            else
+                all_tokens(m, at, kind, 1, most);
+        }
+    }
+}
+
+static void matmul_f32(const struct matmul *m, size_t first, size_t last) {
+    matmul(m, first, last, F32);
+}
+
+static void matmul_f16(const struct matmul *m, size_t first, size_t last) {
+    matmul(m, first, last, F16);
+}
+
+static void matmul_bf16(const struct matmul *m, size_t first, size_t last) {
+    matmul(m, first, last, BF16);
+}
+
+static void matmul_q8(const struct matmul *m, size_t first, size_t last) {
+    matmul(m, first, last, Q8);
+}
+
+static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
+    matmul(m, first, last, Q4);
+}
+
+// ---- attention
+
+INLINE void attend(const struct attention *a, enum store kind) {
+    size_t query = 0;
+    for (; a->n_queries - query >= 4; query += 4)
+        attend_queries(a, query, kind, 4);
+    switch (a->n_queries - query) {
+    case 3: attend_queries(a, query, kind, 3); break;
+    case 2: attend_queries(a, query, kind, 2); break;
+    case 1: attend_queries(a, query, kind, 1); break;
+    }
+}
+
+static void attend_f32(const struct attention *a) {
+    attend(a, F32);
+}
+
+static void attend_f16(const struct attention *a) {
+    attend(a, F16);
+}
+
+// ---- the table
+
+static void fill_table(struct kernels *k, const char *isa) {
+    *k = (struct kernels){
+        .isa = isa,
+        .matmul_f32 = matmul_f32,
+        .matmul_f16 = matmul_f16,
+        .matmul_bf16 = matmul_bf16,
+        .matmul_q8 = matmul_q8,
+        .matmul_q4 = matmul_q4,
+        .quantize_row = quantize_row,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .swiglu = swiglu,
+        .add = add,
+        .attend_f32 = attend_f32,
+        .attend_f16 = attend_f16,
+        .to_f16 = to_f16,
+    };
+}
+#endif
