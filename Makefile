@@ -2,6 +2,7 @@
 # that it runs, so that they can be typed by hand too.
 
 PYTHON ?= python3
+MAKEFLAGS += --no-print-directory
 MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)

@@ -131,15 +131,15 @@ static int32_t draw(struct candidate *kept, size_t n, double random) {
 
 /* The largest logit's index, the first of equals; -1 with the reason if there is none. */
 static int64_t largest(const struct candidate *c, size_t n) {
-    size_t best = 0;
+    float top = -INFINITY;
+    int64_t best = -1;
     for (size_t i = 0; i < n; i++) {
         if (isnan(c[i].logit) || c[i].logit == INFINITY)
             return fail("the logit of token %zu is %g: the model's numbers broke down", i,
                         (double)c[i].logit);
-        if (c[i].logit > c[best].logit) best = i;
+        if (c[i].logit > top) top = c[i].logit, best = (int64_t)i;
     }
-    if (c[best].logit == -INFINITY) return fail("every logit is -infinity: nothing to choose");
-    return (int64_t)best;
+    return best < 0 ? fail("every logit is -infinity: nothing to choose") : best;
 }
 
 int sampler_pick(const float *logits, size_t vocab_size, const llama_sampling *s,
