@@ -38,7 +38,7 @@ static bool all_zero(const uint8_t *p, size_t n) {
 
 /* Maps PATH; what is not a regular file of a header's length is refused by name. */
 static int map(struct file *f) {
-    int fd = open(f->path, O_RDONLY | O_CLOEXEC);
+    int fd = open(f->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe must not make it wait
     if (fd < 0) return fail("%s: %s", f->path, strerror(errno));
     struct stat st;
     int rc = 0;

@@ -63,6 +63,7 @@ size_t llama_count_tensors(const llama_model *model) { return model->model.file.
 size_t llama_count_meta(const llama_model *model) { return model->model.file.n_metas; }
 
 int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tensor) {
+    if (!model || !tensor) return fail("llama_get_tensor: an argument is NULL");
     const struct file *f = &model->model.file;
     if (index >= f->n_tensors) return fail("tensor %zu of %zu", index, f->n_tensors);
     *tensor = f->tensors[index].is;
@@ -70,6 +71,7 @@ int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tenso
 }
 
 int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta) {
+    if (!model || !meta) return fail("llama_get_meta: an argument is NULL");
     const struct file *f = &model->model.file;
     if (index >= f->n_metas) return fail("meta entry %zu of %zu", index, f->n_metas);
     *meta = f->metas[index];
@@ -84,12 +86,14 @@ int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t 
 }
 
 int llama_verify(const llama_model *model, size_t tensor) {
+    if (!model) return fail("llama_verify: model is NULL");
     const struct file *f = &model->model.file;
     if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
     return file_verify(f, tensor);
 }
 
 int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_t n, float *out) {
+    if (!model || !out) return fail("llama_read_rows: an argument is NULL");
     const struct file *f = &model->model.file;
     if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
     const struct tensor *t = &f->tensors[tensor];
@@ -259,7 +263,7 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
         if (rc) cache_trim(&s->cache, i, s->cache.sequences[i].length);
         else cache_commit(&s->cache, i, ends[i]);
     }
-    if (!rc && !logits) s->n_kept = wanted;
+    if (!rc) s->n_kept = logits ? 0 : wanted;
     return rc;
 }
 
@@ -274,6 +278,7 @@ int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
 
 /* A sequence's place, or NULL with the reason. */
 static struct sequence *sequence_find(llama_session *s, int32_t sequence) {
+    if (!s) return fail("the session is NULL"), NULL;
     if (sequence >= 0 && sequence < LLAMA_MAX_SEQUENCES) return &s->cache.sequences[sequence];
     fail("sequence %d, expected 0 to %d", sequence, LLAMA_MAX_SEQUENCES - 1);
     return NULL;
@@ -282,6 +287,7 @@ static struct sequence *sequence_find(llama_session *s, int32_t sequence) {
 int llama_length(llama_session *s, int32_t sequence, uint32_t *length) {
     const struct sequence *q = sequence_find(s, sequence);
     if (!q) return -1;
+    if (!length) return fail("llama_length: length is NULL");
     pthread_mutex_lock(&s->lock);
     *length = q->length;
     pthread_mutex_unlock(&s->lock);

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llama.completion import Job
 from llama.errors import LlamaError
-from llama.job import Job
 
 if TYPE_CHECKING:
     from llama.engine import Engine

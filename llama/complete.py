@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
+from llama.completion import Result
 from llama.errors import LlamaError
 from llama.generate import Llama, Prompt
-from llama.job import Result
 from llama.sampling import SamplingParams, params_from
 from llama.tokenizer import NoTokenizer
 

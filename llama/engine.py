@@ -7,6 +7,7 @@ back, and refuses to be used after close(). lib/llama.h is the manual of what ea
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,11 @@ class Model:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        name = os.fsencode(path)
+        if b"\0" in name:
+            raise LlamaError(f"{os.fsdecode(name)!r}: a file's name cannot hold a null character")
         handle = ffi.new("llama_model **")
-        check(lib.llama_open(os.fsencode(path), handle))
+        check(lib.llama_open(name, handle))
         self._handle = handle[0]
 
     @property
@@ -142,11 +146,11 @@ class Model:
                 entries[key] = int(m.integer)
             elif m.type == lib.LLAMA_META_FLOAT:
                 entries[key] = float(m.number)
-            else:
+            elif m.type in (lib.LLAMA_META_TEXT, lib.LLAMA_META_BYTES):
                 data = bytes(ffi.buffer(m.bytes, m.n_bytes))
                 entries[key] = (
                     data.decode("utf-8", "replace") if m.type == lib.LLAMA_META_TEXT else data
-                )
+                )  # a type beyond these is of a later version
         return entries
 
     @property
@@ -168,12 +172,15 @@ class Model:
 
     def verify(self, index: int) -> None:
         """Reads tensor INDEX whole; LlamaError if its checksum is not the recorded one."""
-        check(lib.llama_verify(self.handle, index))
+        check(lib.llama_verify(self.handle, _within("tensor", index)))
 
     def rows(self, index: int, first: int = 0, n: int | None = None) -> NDArray[np.float32]:
         """Rows [first, first + n) of tensor INDEX as float32, (n, columns) or (n,)."""
-        shape = self.tensors[index].shape
-        out = np.empty((shape[0] - first if n is None else n, *shape[1:]), np.float32)
+        tensors = self.tensors
+        shape = tensors[_within("tensor", index, len(tensors) - 1)].shape
+        _within("first row", first, shape[0])
+        n = shape[0] - first if n is None else _within("number of rows", n, shape[0] - first)
+        out = np.empty((n, *shape[1:]), np.float32)
         check(lib.llama_read_rows(self.handle, index, first, len(out),
                                   ffi.from_buffer("float[]", out)))  # fmt: skip
         return out
@@ -189,10 +196,23 @@ class Model:
         return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
 
 
-def _int32(values: ArrayLike) -> NDArray[np.int32]:
+def _within(name: str, value: int, most: int = 2**31 - 1) -> int:
+    """VALUE, if the library's own type for it can hold it."""
+    if not 0 <= value <= most:
+        raise LlamaError(f"{name} {value}, expected 0 to {most}")
+    return value
+
+
+def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
     """Token ids and positions as the library takes them; what does not fit becomes -1."""
-    wide = np.asarray(values, np.int64).reshape(-1)
+    wide = np.asarray(values).reshape(-1)
+    if wide.size and wide.dtype.kind not in "iu":
+        raise LlamaError(f"{name}: expected integers, found {wide.dtype.name}")
     return np.where((wide < 0) | (wide > 2**31 - 1), -1, wide).astype(np.int32)
+
+
+def _sequence(number: int) -> int:
+    return _within("sequence", number, MAX_SEQUENCES - 1)
 
 
 def _ints(array: NDArray[np.int32]) -> Any:
@@ -224,6 +244,8 @@ class Engine:
             if value is not None and not 1 <= value <= 1 << 24:
                 raise LlamaError(f"{name} is {value}, expected 1 or more")
         self._session: Any = None
+        # so that close() waits for a call that another thread is in
+        self._turn = threading.RLock()
         self.model = Model(path)
         options = ffi.new("llama_session_options *")
         names = [ffi.new("char[]", (text or "").encode()) for text in (device, isa)]
@@ -251,10 +273,11 @@ class Engine:
         return self._session
 
     def close(self) -> None:
-        if self._session is not None:
-            lib.llama_session_close(self._session)
-            self._session = None
-            self.model.close()
+        with self._turn:
+            if self._session is not None:
+                lib.llama_session_close(self._session)
+                self._session = None
+                self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -268,7 +291,8 @@ class Engine:
 
     def info(self) -> SessionInfo:
         i = ffi.new("llama_session_info *")
-        check(lib.llama_get_session_info(self.handle, i))
+        with self._turn:
+            check(lib.llama_get_session_info(self.handle, i))
         return SessionInfo(
             device=ffi.string(i.device).decode(), isa=ffi.string(i.isa).decode(),
             threads=i.threads, kv_kind=Kind(i.kv_kind).label, max_seq_len=i.max_seq_len,
@@ -289,7 +313,8 @@ class Engine:
         Returns the logits of the rows that WANT them, (n wanted, vocab_size); or, with KEEP,
         None, and the session holds them for sample().
         """
-        t, s, p = _int32(tokens), _int32(sequences), _int32(positions)
+        t, s = _int32("tokens", tokens), _int32("sequences", sequences)
+        p = _int32("positions", positions)
         w = np.zeros(len(t), np.uint8) if want is None else np.asarray(want, np.uint8)
         if not len(t) == len(s) == len(p) == len(w):
             raise LlamaError(
@@ -301,35 +326,44 @@ class Engine:
         pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w)
         batch.tokens, batch.sequences, batch.positions, batch.want = pointers
         if keep:
-            check(lib.llama_forward(self.handle, batch, ffi.NULL))
+            with self._turn:
+                check(lib.llama_forward(self.handle, batch, ffi.NULL))
             return None
         logits = np.empty((int(np.count_nonzero(w)), self.config.vocab_size), np.float32)
         # one float of room even when no row is wanted: NULL would mean "keep"
         out = logits if logits.size else np.empty(1, np.float32)
-        check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", out)))
+        with self._turn:
+            check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", out)))
         return logits
 
     def length(self, sequence: int) -> int:
         """Positions that SEQUENCE holds."""
         n = ffi.new("uint32_t *")
-        check(lib.llama_length(self.handle, sequence, n))
+        with self._turn:
+            check(lib.llama_length(self.handle, _sequence(sequence), n))
         return int(n[0])
 
     def trim(self, sequence: int, length: int) -> None:
         """Forgets SEQUENCE's positions from LENGTH on."""
-        check(lib.llama_trim(self.handle, sequence, length))
+        length = _within("length", length)
+        with self._turn:
+            check(lib.llama_trim(self.handle, _sequence(sequence), length))
 
     def fork(self, source: int, target: int, length: int) -> None:
         """TARGET becomes the first LENGTH positions of SOURCE, sharing memory."""
-        check(lib.llama_fork(self.handle, source, target, length))
+        length = _within("length", length)
+        with self._turn:
+            check(lib.llama_fork(self.handle, _sequence(source), _sequence(target), length))
 
     def sample(
         self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int
     ) -> int:
         """A token from kept row ROW; SEEN are the tokens so far, for the penalty."""
-        ids, token = _int32(seen), ffi.new("int32_t *")
-        check(lib.llama_sample(self.handle, row, _sampling(params), _ints(ids), len(ids),
-                               completion, position, token))  # fmt: skip
+        ids, token = _int32("seen", seen), ffi.new("int32_t *")
+        row = _within("row", row)
+        with self._turn:
+            check(lib.llama_sample(self.handle, row, _sampling(params), _ints(ids), len(ids),
+                                   completion, position, token))  # fmt: skip
         return int(token[0])
 
 
@@ -353,7 +387,7 @@ def sample_logits(
 ) -> int:
     """A token from LOGITS (vocab_size); the same choice as Engine.sample makes of them."""
     row = np.ascontiguousarray(logits, np.float32)
-    ids, token = _int32(seen), ffi.new("int32_t *")
+    ids, token = _int32("seen", seen), ffi.new("int32_t *")
     check(lib.llama_sample_logits(ffi.from_buffer("float[]", row), len(row), _sampling(params),
                                   _ints(ids), len(ids), completion, position, token))  # fmt: skip
     return int(token[0])

@@ -480,7 +480,7 @@ def _unpack_meta(path: Path, section: bytearray, n_meta: int) -> dict[str, Value
                 raise LlamaError(f"{path}: meta {key}: expected 8 bytes, found {value_bytes}")
             meta[key] = struct.unpack("<q" if kind == 1 else "<d", data)[0]
         elif kind in (3, 4):  # another kind is of a later version, and optional
-            meta[key] = data.decode("utf-8") if kind == 3 else data
+            meta[key] = data.decode("utf-8", "replace") if kind == 3 else data
         at = _align(end, 8)
     if at != len(section):
         raise LlamaError(f"{path}: meta entries take {at} bytes, expected {len(section)}")

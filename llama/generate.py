@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.batch import MAX_CHUNK, Batches, Counters
+from llama.completion import Job, Result
 from llama.errors import LlamaError
-from llama.job import Job, Result
 from llama.sampling import SamplingParams
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer

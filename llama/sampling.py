@@ -50,6 +50,10 @@ class SamplingParams:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
+    def __new__(cls, *_: Any, **knobs: Any) -> SamplingParams:
+        _refuse_unknown(knobs)  # as clear a line as for a bad value, in place of a TypeError
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -78,10 +82,14 @@ NAMES = tuple(field.name for field in fields(SamplingParams))
 
 def params_from(knobs: dict[str, Any], base: SamplingParams | None = None) -> SamplingParams:
     """BASE (default: the defaults) with KNOBS in place; an unknown name is refused."""
+    _refuse_unknown(knobs)
+    return replace(base or SamplingParams(), **knobs)
+
+
+def _refuse_unknown(knobs: Iterable[str]) -> None:
     for name in knobs:
         if name not in NAMES:
             raise LlamaError(f"unknown sampling parameter {name!r}; there are {', '.join(NAMES)}")
-    return replace(base or SamplingParams(), **knobs)
 
 
 def _number(

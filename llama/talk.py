@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
+from llama.completion import Result
 from llama.errors import LlamaError
 from llama.generate import Llama, Stream
-from llama.job import Result
 from llama.machine import cache_folder
 from llama.sampling import SamplingParams
 

@@ -7,6 +7,7 @@
  *     kernels                  run all; the last line is "N passed, M failed"
  *     kernels --bench [ISA]    time each entry instead (kernels_bench.c) */
 #define _DEFAULT_SOURCE
+#include "kernels_check.h"
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -14,7 +15,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "kernels_check.h"
 
 const struct kernels *sets[8];
 size_t n_sets;
@@ -68,15 +68,14 @@ void release_all(void) {
 
 static uint64_t state = 1;
 
-uint32_t random_bits(void) // splitmix64
-{
+uint32_t random_bits(void) { // splitmix64
     uint64_t z = state += 0x9e3779b97f4a7c15;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
     return (uint32_t)(z >> 32);
 }
 
-float uniform(void) // [-1, 1) {
+float uniform(void) {
     return (float)(int32_t)random_bits() * 0x1p-31f;
 }
 

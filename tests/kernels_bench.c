@@ -2,13 +2,13 @@
  * in the same run: read bandwidth, FMA and int8 dot-product peaks. Best of several passes, for
  * one thread and for all. */
 #define _DEFAULT_SOURCE
+#include "kernels_check.h"
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-#include "kernels_check.h"
 
 enum { MOST_THREADS = 64, PASSES = 7 };
 

@@ -1,7 +1,7 @@
 /* kernels_numbers.c: conversions, exp_f32 and the block encoders against plain arithmetic. */
+#include "kernels_check.h"
 #include <math.h>
 #include <string.h>
-#include "kernels_check.h"
 
 static uint32_t bits_of(float x) {
     uint32_t bits;
@@ -118,8 +118,8 @@ static void test_encoder(uint32_t kind, float size) {
     }
     double relative = sqrt(error / square);
     if (kind == 3)
-        check(worst <= 0.5 / 127 + 0x1p-11 && relative <= 0.0045, "q8 of size %g: off by %g, rms %g",
-              size, worst, relative);
+        check(worst <= 0.5 / 127 + 0x1p-11 && relative <= 0.0045,
+              "q8 of size %g: off by %g, rms %g", size, worst, relative);
     else
         check(worst <= 0.17 && relative <= 0.075, "q4 of size %g: off by %g, rms %g", size, worst,
               relative);

@@ -1,8 +1,8 @@
 /* kernels_rows.c: the entries that work on one row, and attention. See kernels.c. */
+#include "kernels_check.h"
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-#include "kernels_check.h"
 
 static const size_t lengths[] = {1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 64, 100, 576, 1001};
 enum { N_LENGTHS = sizeof lengths / sizeof *lengths, N_ROW_SCENES = 8 };

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
+from llama import engine
 from llama.generate import Llama
 from llama.sampling import SamplingParams
 from llama.talk import Talk
@@ -30,8 +31,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 def open_talk(
     max_seq_len: int = 512, params: SamplingParams = GREEDY, **options: Any
 ) -> tuple[Talk, FakeEngine]:
-    engine = FakeEngine(max_seq_len)
-    return Talk(Llama.on(engine), params, **options), engine  # type: ignore[arg-type]
+    fake = FakeEngine(max_seq_len)
+    return Talk(Llama.on(fake), params, **options), fake  # type: ignore[arg-type]
 
 
 def prompts(talk: Talk) -> str:
@@ -108,14 +109,14 @@ def test_a_line_too_long_for_the_context_is_forgotten(capsys: pytest.CaptureFixt
 
 
 def test_ctrl_c_stops_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    talk, engine = open_talk(4096, SamplingParams(temperature=0.0))
+    talk, fake = open_talk(4096, SamplingParams(temperature=0.0))
 
     def interrupt() -> None:
-        if len(engine.calls) in (12, 13, 14):  # an impatient finger
+        if len(fake.calls) in (12, 13, 14):  # an impatient finger
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    engine.before_forward = interrupt
+    fake.before_forward = interrupt
     talk.line("Hello")
     captured = capsys.readouterr()
     assert "(stopped)" in captured.err and captured.out.endswith("\n")
@@ -156,8 +157,10 @@ def chat(*words: object, stdin: str, **options: Any) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
+    assert engine.isa_names()  # the C library is built before anybody counts lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_a_pipe_is_answered_line_by_line(tiny: Path) -> None:

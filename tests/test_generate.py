@@ -3,6 +3,7 @@ catches every mixed-up sequence, then on a real model with a known answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -17,32 +18,33 @@ from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama import engine
 from llama.batch import MAX_ACTIVE, MAX_IDLE, Turns, common_prefix
+from llama.completion import StopStrings
 from llama.errors import LlamaError
 from llama.generate import Llama
-from llama.job import StopStrings
 from llama.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 
 def llama(max_seq_len: int = 64, **options: Any) -> tuple[Llama, FakeEngine]:
-    engine = FakeEngine(max_seq_len, **options)
-    return Llama.on(engine), engine  # type: ignore[arg-type]
+    fake = FakeEngine(max_seq_len, **options)
+    return Llama.on(fake), fake  # type: ignore[arg-type]
 
 
-def expected(engine: FakeEngine, prompt: str, n: int) -> list[int]:
+def expected(fake: FakeEngine, prompt: str, n: int) -> list[int]:
     """The greedy continuation, computed without any of the machinery."""
     ids = [byte + 3 for byte in prompt.encode()]
     for _ in range(n):
-        ids.append(int(np.argmax(engine.logits_of(ids))))
+        ids.append(int(np.argmax(fake.logits_of(ids))))
     return ids[-n:]
 
 
 def test_greedy_is_the_models_own() -> None:
-    llm, engine = llama()
+    llm, fake = llama()
     result = llm.generate("hello", GREEDY)
-    assert result.token_ids == expected(engine, "hello", 8)
+    assert result.token_ids == expected(fake, "hello", 8)
     assert result.text == bytes(t - 3 for t in result.token_ids).decode()
     assert (result.finish_reason, result.prompt_tokens, result.cached_tokens) == ("length", 5, 0)
 
@@ -72,24 +74,64 @@ def test_together_is_as_alone(
     assert not llm._batches.slots._busy
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["open", "step", "drop", "close", "batch"]), st.integers(0, 30)),
+        max_size=60,
+    )
+)
+def test_streams_interleave_as_they_like(moves: list[tuple[str, int]]) -> None:
+    """Streams that start, pause, end and are abandoned in any order each tell their own text."""
+    llm, fake = llama(48)
+    live: list[tuple[str, Any, str]] = []  # prompt, stream, text so far
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    for move, n in moves:
+        prompt = "abcab"[: n % 5 + 1] * (n % 3 + 1)
+        if move == "open":
+            live.append((prompt, llm.stream(prompt, params), ""))
+        elif move == "batch":
+            prompts = [prompt, prompt + "c", "b"]
+            for one, result in zip(prompts, llm.generate(prompts, params), strict=True):
+                assert result.token_ids == expected(fake, one, 9)
+        elif live:
+            prompt, stream, text = live.pop(n % len(live))
+            if move == "step":
+                text += next(stream, "")
+                live.append((prompt, stream, text))
+            elif move == "close":
+                stream.close()
+            del stream
+        idle = llm._batches.slots._idle
+        assert len(idle) <= 1 or sum(len(slot.tokens) for slot in idle) <= 48
+        assert [len(s.tokens) for s in idle] == [fake.length(s.number) for s in idle]
+    for prompt, stream, text in live:
+        text += "".join(stream)
+        assert text == bytes(t - 3 for t in expected(fake, prompt, 9)).decode()
+    live.clear()
+    stream = None
+    gc.collect()
+    assert not llm._batches.slots._busy
+
+
 def test_a_long_list_runs_in_few_steps() -> None:
-    llm, engine = llama()
+    llm, fake = llama()
     prompts = [f"{n:02d} prompt" for n in range(3 * MAX_ACTIVE)]
     results = llm.generate(prompts, GREEDY)
-    assert [r.token_ids for r in results] == [expected(engine, p, 8) for p in prompts]
-    assert len(engine.calls) < 60  # 48 alone would take 8 each
+    assert [r.token_ids for r in results] == [expected(fake, p, 8) for p in prompts]
+    assert len(fake.calls) < 60  # 48 alone would take 8 each
 
 
 def test_a_running_text_goes_on_while_a_long_prompt_is_read() -> None:
-    llm, engine = llama(2000)
+    llm, fake = llama(2000)
     stream = llm.stream("short", SamplingParams(temperature=0.0, max_tokens=300))
     next(stream)
     batch = llm.each(["a", "b" * 1000], SamplingParams(temperature=0.0, max_tokens=20))
     first = next(batch)
     assert first[0] == 0  # done before the long prompt has been read
-    assert engine.calls[-1] > 1
+    assert fake.calls[-1] > 1
     assert [index for index, _ in batch] == [1]
-    assert max(engine.calls) <= 256
+    assert max(fake.calls) <= 256
 
 
 # --- what is computed
@@ -105,13 +147,13 @@ def test_a_repeated_prompt_computes_one_token() -> None:
 
 
 def test_a_chats_next_turn_computes_what_follows_the_common_prefix() -> None:
-    llm, engine = llama(512)
+    llm, fake = llama(512)
     messages = [{"role": "user", "content": "Hello there"}]
     before: list[int] = []
     for turn in range(4):
         ids = llm.template.encode(messages)
         done = llm.computed_tokens
-        common = max((common_prefix(s, ids, len(ids) - 1) for s in engine.sequences), default=0)
+        common = max((common_prefix(s, ids, len(ids) - 1) for s in fake.sequences), default=0)
         assert turn == 0 or common >= len(before)
         result = llm.chat(messages, GREEDY)
         assert llm.computed_tokens - done == len(ids) - common + 7
@@ -141,15 +183,15 @@ def test_prompts_of_a_list_share_a_beginning_that_is_being_read() -> None:
 
 
 def test_idle_sequences_are_bounded() -> None:
-    llm, engine = llama(64)
+    llm, fake = llama(64)
     for n in range(3 * MAX_IDLE):
         llm.generate(f"{n:03d}", GREEDY)
-    held = [s for s in engine.sequences if s]
+    held = [s for s in fake.sequences if s]
     assert len(held) <= MAX_IDLE and sum(map(len, held)) <= 64
-    llm, engine = llama(2048)
+    llm, fake = llama(2048)
     for n in range(3 * MAX_IDLE):
         llm.generate(f"{n:03d}", GREEDY)
-    assert len([s for s in engine.sequences if s]) == MAX_IDLE
+    assert len([s for s in fake.sequences if s]) == MAX_IDLE
     assert llm.generate(f"{n:03d}", GREEDY).cached_tokens == 2
 
 
@@ -185,8 +227,8 @@ def test_the_end_token_ends_and_is_no_text() -> None:
 
 
 def test_a_chat_stops_at_its_turn_end() -> None:
-    llm, engine = llama(512)
-    engine.logits_of = lambda tokens: np.eye(260, dtype=np.float32)[2]  # type: ignore
+    llm, fake = llama(512)
+    fake.logits_of = lambda tokens: np.eye(260, dtype=np.float32)[2]  # type: ignore
     result = llm.chat([{"role": "user", "content": "Hi"}], GREEDY)
     assert (result.text, result.finish_reason, result.token_ids) == ("", "eos", [2])
 
@@ -263,8 +305,8 @@ def test_seeds() -> None:
 
 
 def test_an_abandoned_stream_leaves_the_engine_usable() -> None:
-    llm, engine = llama(512)
-    want = expected(engine, "hello", 8)
+    llm, fake = llama(512)
+    want = expected(fake, "hello", 8)
     for _ in range(300):  # more than there are sequences
         stream = llm.stream("hello")
         next(stream)
@@ -287,33 +329,37 @@ def test_streams_held_open_run_out_with_a_clear_line() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, LlamaError])
 def test_an_interrupted_completion_leaves_the_engine_usable(error: type[BaseException]) -> None:
-    llm, engine = llama()
-    want = expected(engine, "hello", 8)
+    llm, fake = llama()
+    want = expected(fake, "hello", 8)
 
     def fail() -> None:
-        if len(engine.calls) == 3:
-            engine.calls.append(0)
+        if len(fake.calls) == 3:
+            fake.calls.append(0)
             raise error("now")
 
-    engine.before_forward = fail
+    fake.before_forward = fail
     with pytest.raises(error):
         llm.generate("hello", GREEDY)
     assert llm.generate("hello", GREEDY).token_ids == want
 
 
 def test_an_interrupt_between_computing_and_noting_it() -> None:
-    llm, engine = llama()
-    want = expected(engine, "hello", 8)
-    real = engine.forward
+    llm, fake = llama()
+    want = expected(fake, "hello", 8)
+    real = fake.forward
 
     def forward(*args: Any, **options: Any) -> None:
         real(*args, **options)
-        raise KeyboardInterrupt
+        if len(fake.calls) == 3:
+            raise KeyboardInterrupt
 
-    engine.forward = forward  # type: ignore[method-assign]
+    fake.forward = forward  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         llm.generate("hello", GREEDY)
-    engine.forward = real  # type: ignore[method-assign]
+    fake.forward = real  # type: ignore[method-assign]
+    noted = "hello" + chr(want[0] - 3)  # the sequence holds one token more than is noted
+    other = noted + "?"
+    assert llm.generate(other, GREEDY).token_ids == expected(fake, other, 8)
     assert llm.generate("hello", GREEDY).token_ids == want
 
 
@@ -328,7 +374,7 @@ def test_cancel() -> None:
 
 
 def test_threads_share_one_llama() -> None:
-    llm, engine = llama(256)
+    llm, fake = llama(256)
     results: dict[int, Any] = {}
 
     def work(n: int) -> None:
@@ -342,8 +388,8 @@ def test_threads_share_one_llama() -> None:
     for thread in threads:
         thread.join()
     for n in range(8):
-        assert results[n][0].token_ids == expected(engine, f"{n} a", 30)
-        assert results[n][1].token_ids == expected(engine, f"{n} b", 30)
+        assert results[n][0].token_ids == expected(fake, f"{n} a", 30)
+        assert results[n][1].token_ids == expected(fake, f"{n} b", 30)
 
 
 def test_turns_are_fair() -> None:
@@ -412,9 +458,9 @@ def test_bad_params() -> None:
 
 
 def test_without_a_tokenizer() -> None:
-    engine = FakeEngine(64)
-    engine.tokenizer = ("none", b"")
-    llm = Llama.on(engine)  # type: ignore[arg-type]
+    fake = FakeEngine(64)
+    fake.tokenizer = ("none", b"")
+    llm = Llama.on(fake)  # type: ignore[arg-type]
     with pytest.raises(LlamaError, match="holds no tokenizer; give token ids"):
         llm.generate("text")
     result = llm.generate([5, 6, 7], GREEDY)
@@ -424,13 +470,13 @@ def test_without_a_tokenizer() -> None:
 
 
 def test_logits_of_every_token() -> None:
-    llm, engine = llama(600)
+    llm, fake = llama(600)
     ids = [3 + n % 200 for n in range(520)]
     llm.generate(ids[:40], GREEDY)
     logits = llm.logits(ids)
     assert logits.shape == (520, 260) and logits.dtype == np.float32
     for n in (0, 255, 256, 519):
-        assert np.array_equal(logits[n], engine.logits_of(ids[: n + 1]))
+        assert np.array_equal(logits[n], fake.logits_of(ids[: n + 1]))
     for bad in ([], [5] * 601):
         with pytest.raises(LlamaError, match=f"1 to 600 token ids .*found {len(bad)}"):
             llm.logits(bad)
@@ -499,6 +545,18 @@ def test_kept_prefixes_change_no_bit(real: Llama, stories: Path) -> None:
     found = real.generate(longer, params)
     assert found.cached_tokens == len(longer) - 1
     assert found.token_ids == expect.token_ids
+
+
+def test_each_token_is_drawn_for_its_position(real: Llama) -> None:
+    """The whole of generate(), said in five lines with the sampler alone."""
+    params = SamplingParams(temperature=1.1, top_k=30, seed=6, max_tokens=12)
+    params = dataclasses.replace(params, repetition_penalty=1.2)
+    ids = real.tokenizer.encode("One day", bos=True)
+    found = real.generate(ids, params).token_ids
+    for n, token in enumerate(found):
+        seen = ids + found[:n]
+        logits = real.logits(seen)[-1]
+        assert engine.sample_logits(logits, params, seen, 0, len(seen)) == token
 
 
 def test_seeds_give_other_stories(real: Llama) -> None:

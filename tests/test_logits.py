@@ -39,6 +39,10 @@ SHAPES: dict[str, Config] = {
         vocab_size=17, dim=1, hidden_dim=1, head_dim=2, n_heads=1, n_kv_heads=1, n_layers=1,
         max_seq_len=160,
     ),
+    "wide heads": small_models.config(
+        vocab_size=33, dim=20, hidden_dim=100, head_dim=602, n_heads=2, n_kv_heads=1, n_layers=1,
+        max_seq_len=160,
+    ),
     "linear": small_models.config(
         **ODD, n_heads=2, n_kv_heads=2, head_dim=26, rope_scaling=Rope.LINEAR, rope_numbers=(4.0,),
     ),
@@ -179,7 +183,7 @@ def test_quantised(tmp_path: Path, name: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-@pytest.mark.parametrize("name", ["mha", "gqa", "even", "one head", "llama3"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "even", "one head", "wide heads"])
 def test_every_isa_is_scalar_to_the_last_bit(tmp_path: Path, name: str, kind: Kind) -> None:
     path = small_models.of_kind(tmp_path, SHAPES[name], kind)
     tokens = tokens_for(SHAPES[name])

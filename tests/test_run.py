@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_chat
 
-from llama import cli, machine
+from llama import cli, engine, machine
 from llama.errors import LlamaError
 from llama.sampling import SamplingParams
 
@@ -23,14 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of its own with a bandwidth in it, so that nothing is measured here."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of its own with a bandwidth in it, so that nothing is measured here. The
+    C library is built by the import below, before anybody counts lines."""
+    assert engine.isa_names()
     folder = tmp_path_factory.mktemp("cache")
     known = {f"{machine.cpu_name()}, {n} threads": 1e10 for n in range(1, 257)}
     (folder / "llama-engine").mkdir()
     (folder / "llama-engine" / "bandwidth.json").write_text(json.dumps(known))
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 def run(
@@ -285,8 +289,6 @@ def test_what_the_methods_mean() -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from llama import engine
-
     calls: list[int] = []
 
     def measure(threads: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -66,8 +68,9 @@ def test_values_are_kept_as_plain_numbers() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 4  # type: ignore[misc]
-    with pytest.raises(TypeError):
+    with pytest.raises(LlamaError, match="unknown sampling parameter 'top_q'; there are temp"):
         SamplingParams(top_q=1)  # type: ignore[call-arg]
+    assert copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
 
 
 def test_params_from() -> None:

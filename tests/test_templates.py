@@ -166,6 +166,40 @@ def test_the_date_block(
         assert ids == published(files, "llama3", string)
 
 
+TINYLLAMA_JINJA = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
+    "message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n'"
+    " + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+LLAMA2_JINJA = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "source"), [("zephyr", TINYLLAMA_JINJA), ("llama2", LLAMA2_JINJA)]
+)
+def test_families_are_their_models_jinja(files: dict[str, bytes], family: str, source: str) -> None:
+    meta = {"template.family": family, "template.jinja": source}
+    template = ChatTemplate(open_(files, family), meta)
+    assert template.family == family  # it agrees, so it is used
+    for turns in DIALOGS:
+        string = rendered(source, dialog(*turns), bos_token="<s>", eos_token="</s>")
+        assert template.encode(dialog(*turns)) == published(files, family, string)
+
+
 # --- a family that is not known
 
 

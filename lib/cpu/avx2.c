@@ -5,16 +5,15 @@
  * block of S strips by T tokens is written once, as an inlined function whose S, T and kind are
  * constants where it is called. Compiles to nothing for other machines. */
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "exp.h"
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
-#include "exp.h"
 
 /* Register blocks, of 16 registers: 1 strip by 6 tokens of floats, 1 by 4 of codes, whose sums as
- * floats wait in L1. Pieces of columns that stay in L2, in L1. */
-enum { FLOAT_TOKENS = 6, GROUP_TOKENS = 4, PROMPT_STRIPS = 1, DECODE_STRIPS = 2 };
-enum { FLOAT_PIECE = 1024, GROUP_PIECE = 32 };
+ * floats wait in L1. */
+enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
 #include "blocks.h"
 
 /* Elements i to i + 7 of an array of floats of a kind. */
@@ -99,6 +98,11 @@ INLINE __m256 exp8(__m256 x) {
 
 enum { MOST_HALVES = 8, MOST_SUMS = 12 }; // 2 * S and 2 * S * T: a half is 8 rows of a strip
 
+/* The sums of half H of the S strips, (8). */
+INLINE float *half_sums(const struct matmul *m, const struct place *at, int h, int t) {
+    return sums_at(m, at, h / 2, t) + h % 2 * 8;
+}
+
 INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
                         const int S, const int T) {
     const int H = 2 * S;
@@ -106,7 +110,7 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
     const float *x = m->in->x + at->token * m->in->x_stride;
     __m256 acc[MOST_SUMS], column[MOST_HALVES];
     UNROLL for (int i = 0; i < H * T; i++)
-        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8) : broadcast(0);
+        acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t c = at->from; c < at->to; c++) {
         UNROLL for (int h = 0; h < H; h++)
             column[h] = load8(w + h / 2 * m->strip_bytes, c * TILE_ROWS + h % 2 * 8, kind);
@@ -117,7 +121,7 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
         }
     }
     UNROLL for (int i = 0; i < H * T; i++)
-        _mm256_storeu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8, acc[i]);
+        _mm256_storeu_ps(half_sums(m, at, i % H, i / H), acc[i]);
 }
 
 /* Columns 4 * j to 4 * j + 3 of half H of a block: signed bytes of q8, the codes 0..15 of q4. */
@@ -192,7 +196,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     __m256 acc[MOST_SUMS];
     __m256i sum[MOST_SUMS], w[MOST_HALVES];
     UNROLL for (int i = 0; i < H * T; i++)
-        acc[i] = at->from ? _mm256_loadu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8) : broadcast(0);
+        acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
         const int offset = kind == Q8 ? 128 : 8;
         UNROLL for (int i = 0; i < H * T; i++)
@@ -217,7 +221,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         }
     }
     UNROLL for (int i = 0; i < H * T; i++)
-        _mm256_storeu_ps(sums_at(m, at, i % H / 2, i / H) + i % 2 * 8, acc[i]);
+        _mm256_storeu_ps(half_sums(m, at, i % H, i / H), acc[i]);
 }
 
 // ---- one row at a time

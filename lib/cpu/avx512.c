@@ -5,16 +5,15 @@
  * function whose S, T and kind are constants where it is called. Compiles to nothing for other
  * machines. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "exp.h"
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
-#include "exp.h"
 
 /* Register blocks, of 32 registers: 2 strips by 12 tokens of floats; 2 by 6 of codes, whose sums
- * are kept twice, as integers and as floats. Pieces of columns that stay in L2, in L1. */
-enum { FLOAT_TOKENS = 12, GROUP_TOKENS = 6, PROMPT_STRIPS = 2, DECODE_STRIPS = 4 };
-enum { FLOAT_PIECE = 1024, GROUP_PIECE = 32 };
+ * are kept twice, as integers and as floats. */
+enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
 #include "blocks.h"
 
 enum { ALL = 0xffff };

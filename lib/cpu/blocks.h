@@ -12,6 +12,8 @@
 
 enum store { F32, F16, BF16, Q8, Q4 };
 
+enum { LONG_STRIP = 40 << 10, FLOAT_PIECE = 512, GROUP_PIECE = 16 };
+
 /* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
  * units of the kind's block. */
 struct place {
@@ -73,26 +75,31 @@ INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind,
     }
 }
 
-/* One token: memory is what waits, and several strips at once keep more reads in flight. Many:
- * a piece of a few strips, small enough for the nearest caches, meets all tokens. */
+/* One token: memory is what waits. Strips of LONG_STRIP bytes and more are read two at a time, for
+ * two streams keep more reads in flight (q8, 4,096 columns: 23.8 GB/s against 21.1); shorter ones
+ * singly, for one stream goes on into the next strip where two would start anew (q8, 576 columns:
+ * 22.9 against 17.9). Prefetch instructions only cost, at any distance. (Zen 4, one thread.)
+ * Many tokens: a piece of a few strips that fits the near caches meets all of them. */
 INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind) {
     const int quantised = kind == Q8 || kind == Q4, most = quantised ? GROUP_TOKENS : FLOAT_TOKENS;
-    const size_t columns = quantised ? count_groups(m->in) : m->in->columns;
-    const size_t whole = quantised ? GROUP_PIECE : FLOAT_PIECE;
-    const size_t piece = m->in->n <= (size_t)most ? columns : whole;
-    struct place at = {.strip = first};
-    if (m->in->n == 1)
-        for (at.to = columns; last - at.strip >= DECODE_STRIPS; at.strip += DECODE_STRIPS)
-            block(m, &at, kind, DECODE_STRIPS, 1);
-    for (int S; at.strip < last; at.strip += S) {
-        S = last - at.strip >= PROMPT_STRIPS ? PROMPT_STRIPS : 1;
+    const size_t n = m->in->n, columns = quantised ? count_groups(m->in) : m->in->columns;
+    const size_t piece = n <= (size_t)most ? columns : quantised ? GROUP_PIECE : FLOAT_PIECE;
+    const int most_strips = quantised ? GROUP_STRIPS : FLOAT_STRIPS;
+    const size_t wide = n == 1 ? 1 : (size_t)most_strips;
+    struct place at = {.strip = first, .to = columns};
+    if (n == 1 && m->strip_bytes >= LONG_STRIP)
+        for (; last - at.strip >= 2; at.strip += 2)
+            block(m, &at, kind, 2, 1);
+    while (at.strip < last) {
+        size_t S = last - at.strip >= wide ? wide : 1;
         for (at.from = 0; at.from < columns; at.from = at.to) {
             at.to = columns - at.from < piece ? columns : at.from + piece;
-            if (S == PROMPT_STRIPS)
-                all_tokens(m, at, kind, PROMPT_STRIPS, most);
+            if (S == (size_t)most_strips)
+                all_tokens(m, at, kind, most_strips, most);
             else
                 all_tokens(m, at, kind, 1, most);
         }
+        at.strip += S;
     }
 }
 

@@ -2,9 +2,9 @@
  *
  * A set is a fill function and the features it was compiled for; a table starts as scalar and
  * is overwritten by what the set improves. The tables are filled once and never change. */
+#include "kernels.h"
 #include <pthread.h>
 #include <string.h>
-#include "kernels.h"
 
 /* What a kernel set asks of the CPU. */
 enum {

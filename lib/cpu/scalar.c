@@ -3,13 +3,12 @@
  * The contracts stand in kernels.h; here each is followed step by step, one operation a line
  * where the rounding counts. Runs on any CPU. Nothing here is tuned, so that nothing here needs
  * trust: the fast kernels are tested against these to the last bit. */
-#include <math.h>
-#include <string.h>
 #include "exp.h"
 #include "kernels.h"
+#include <math.h>
+#include <string.h>
 
-static float power_of_two(int k) // -126 <= k <= 127
-{
+static float power_of_two(int k) { // -126 <= k <= 127
     uint32_t bits = (uint32_t)(k + 127) << 23;
     float value;
     memcpy(&value, &bits, sizeof value);

