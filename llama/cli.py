@@ -178,7 +178,8 @@ def speed_line(llm: Any) -> str:
         speed = read / max(c.decode_seconds, 1e-9)
         part = f"{speed / 1e9:.1f} GB/s"
         if info.device == "cpu":
-            limit = bandwidth(info.threads)
+            # a small model sits in the caches and may well be faster than memory
+            limit = bandwidth(info.threads, speed if read > 100e6 * c.decode_steps else 0.0)
             part += f" = {100 * speed / limit:.0f}% of this machine's {limit / 1e9:.1f} GB/s"
         parts.append(part)
     return ", ".join(parts) or "nothing was computed"

@@ -307,13 +307,15 @@ def test_bandwidth_is_measured_once(
         monkeypatch.setenv("HOME", str(tmp_path))
     assert machine.bandwidth(2) == machine.bandwidth(2) == 5e9 + 2
     assert machine.bandwidth(1) == 5e9 + 1 and measured == [2, 1]
+    assert machine.bandwidth(1, reached=4e9) == 5e9 + 1 and measured == [2, 1]
+    assert machine.bandwidth(1, reached=6e9) == 5e9 + 1 and measured == [2, 1, 1]
     file = machine.cache_folder() / "bandwidth.json"
     assert len(json.loads(file.read_text())) == 2
     assert list(file.parent.iterdir()) == [file]
     for broken in ("", "[]", '{"x": "y"}', "\0", '{"a": -1}'):
         file.write_text(broken)
         assert machine.bandwidth(2) == 5e9 + 2
-    assert measured == [2, 1] + [2] * 5
+    assert measured == [2, 1, 1] + [2] * 5
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(
