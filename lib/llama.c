@@ -158,6 +158,8 @@ static int options_check(const llama_session_options *o, const struct backend **
     if (!*backend) return fail("device \"%s\", expected cpu or cuda", device);
     if (o->kv_kind != -1 && o->kv_kind != LLAMA_F32 && o->kv_kind != LLAMA_F16)
         return fail("KV cache kind %d, expected f32 or f16", o->kv_kind);
+    if (o->activations != 0 && o->activations != 8 && o->activations != 16)
+        return fail("activations is %d, expected 8 or 16", o->activations);
     if (o->max_seq_len > 1 << 24)
         return fail("max_seq_len is %u, expected at most %d", o->max_seq_len, 1 << 24);
     return 0;
@@ -176,6 +178,7 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
         .device = backend->name,
         .max_seq_len = options->max_seq_len ? options->max_seq_len : c->max_seq_len,
         .page_positions = PAGE_POSITIONS,
+        .activations = options->activations ? options->activations : 16,
     };
     if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
     s->backend = backend;

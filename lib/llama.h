@@ -112,13 +112,14 @@ typedef struct {
     const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
     int threads;          // 0: one for each core this process may use
     int kv_kind;          // LLAMA_F32, LLAMA_F16; -1: f32 for an f32 file, f16 otherwise
+    int activations;      // bits of what meets quantised weights: 8, or 16 in two passes; 0: 16
     uint32_t max_seq_len; // 0: the model's own; else the longest sequence this session takes
 } llama_session_options;
 
 typedef struct {
     const char *device;      // "cpu"
     const char *isa;         // "avx512vnni"
-    int threads;
+    int threads, activations;
     uint32_t kv_kind, max_seq_len, page_positions;
     uint64_t kv_bytes;       // held by KV pages now, free ones included
     uint64_t scratch_bytes;  // everything else this session allocated

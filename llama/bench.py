@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens decoded")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    parser.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
     parser.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best)")
     parser.add_argument("--json", action="store_true", help="one JSON object a model")
     return parser.parse_args()
@@ -45,7 +46,9 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, object]:
     from llama.engine import Engine, measure_bandwidth
 
     opened = time.perf_counter()
-    with Engine(path, threads=given.threads, isa=given.isa) as engine:
+    with Engine(
+        path, threads=given.threads, activations=given.activations, isa=given.isa
+    ) as engine:
         open_seconds = time.perf_counter() - opened
         config, info = engine.config, engine.info()
         n, m = given.prompt, given.tokens

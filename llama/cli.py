@@ -93,6 +93,10 @@ def add_model_flags(parser: Parser) -> None:
     )
     group.add_argument("--kv", metavar="KIND", help="how to keep keys and values: f32 or f16")
     group.add_argument(
+        "--activations", type=int, metavar="BITS",
+        help="what meets quantised weights: 16 bits (default), or 8: faster prompts, less exact",
+    )  # fmt: skip
+    group.add_argument(
         "--isa", metavar="NAME", help="the CPU kernels (default: the best there are)"
     )
     group.add_argument(
@@ -127,7 +131,7 @@ def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
 
     return Llama(
         path, threads=args.threads, device=args.device, max_seq_len=args.max_seq_len, kv=args.kv,
-        isa=args.isa, template=template,
+        activations=args.activations, isa=args.isa, template=template,
     )  # fmt: skip
 
 

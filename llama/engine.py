@@ -63,6 +63,7 @@ class SessionInfo:
     device: str
     isa: str
     threads: int
+    activations: int  # bits of what meets quantised weights
     kv_kind: str
     max_seq_len: int
     page_positions: int
@@ -223,7 +224,8 @@ class Engine:
     """A model on a device, with its KV cache. A context manager; close() frees it all.
 
     THREADS None: one a core. KV "f32", "f16" or None: f32 for an f32 file, f16 otherwise.
-    MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
+    ACTIVATIONS 8 or 16 bits for what meets quantised weights; 16, the default, takes two passes of
+    8-bit arithmetic. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
     """
 
     MAX_SEQUENCES = MAX_SEQUENCES
@@ -236,10 +238,13 @@ class Engine:
         device: str = "cpu",
         max_seq_len: int | None = None,
         kv: str | None = None,
+        activations: int | None = None,
         isa: str | None = None,
     ) -> None:
         if kv not in (None, "f32", "f16"):
             raise LlamaError(f"kv is {kv!r}, expected 'f32' or 'f16'")
+        if activations not in (None, 8, 16):
+            raise LlamaError(f"activations is {activations!r}, expected 8 or 16")
         for name, value in (("threads", threads), ("max_seq_len", max_seq_len)):
             if value is not None and not 1 <= value <= 1 << 24:
                 raise LlamaError(f"{name} is {value}, expected 1 or more")
@@ -253,6 +258,7 @@ class Engine:
         options.isa = names[1] if isa else ffi.NULL
         options.threads = threads or 0
         options.kv_kind = -1 if kv is None else int(Kind[kv.upper()])
+        options.activations = activations or 0
         options.max_seq_len = max_seq_len or 0
         session = ffi.new("llama_session **")
         try:
@@ -295,9 +301,9 @@ class Engine:
             check(lib.llama_get_session_info(self.handle, i))
         return SessionInfo(
             device=ffi.string(i.device).decode(), isa=ffi.string(i.isa).decode(),
-            threads=i.threads, kv_kind=Kind(i.kv_kind).label, max_seq_len=i.max_seq_len,
-            page_positions=i.page_positions, kv_bytes=i.kv_bytes, scratch_bytes=i.scratch_bytes,
-            kv_bytes_per_position=i.kv_bytes_per_position,
+            threads=i.threads, activations=i.activations, kv_kind=Kind(i.kv_kind).label,
+            max_seq_len=i.max_seq_len, page_positions=i.page_positions, kv_bytes=i.kv_bytes,
+            scratch_bytes=i.scratch_bytes, kv_bytes_per_position=i.kv_bytes_per_position,
         )  # fmt: skip
 
     def forward(

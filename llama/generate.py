@@ -69,7 +69,8 @@ class Llama:
 
     def __init__(
         self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu",
-        max_seq_len: int | None = None, kv: str | None = None, isa: str | None = None,
+        max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
+        isa: str | None = None,
         template: str | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
@@ -78,7 +79,10 @@ class Llama:
         from llama.engine import Engine
 
         self._setup(
-            Engine(path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv, isa=isa),
+            Engine(
+                path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
+                activations=activations, isa=isa,
+            ),
             template,
         )
 

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SPINS = 4000, MOST_THREADS = 1024, RANGES_A_THREAD = 8 };
+enum { SPINS = 4000, MOST_THREADS = 1024, RANGES_A_THREAD = 8, STACK_BYTES = 1 << 20 };
 
 struct pool {
     int threads;              // the caller included
@@ -128,14 +128,18 @@ struct pool *pool_open(int threads) {
         fail("out of memory for %d threads", p->threads);
         return pool_close(p), NULL;
     }
-    for (; p->started < p->threads - 1; p->started++) {
-        int error = pthread_create(&p->workers[p->started], NULL, worker, p);
-        if (error) {
-            fail("cannot start thread %d of %d: %s", p->started + 2, p->threads, strerror(error));
-            return pool_close(p), NULL;
-        }
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES); // some systems give 128 KB
+    int error = 0;
+    while (!error && p->started < p->threads - 1) {
+        error = pthread_create(&p->workers[p->started], &attributes, worker, p);
+        if (!error) p->started++;
     }
-    return p;
+    pthread_attr_destroy(&attributes);
+    if (!error) return p;
+    fail("cannot start thread %d of %d: %s", p->started + 2, p->threads, strerror(error));
+    return pool_close(p), NULL;
 }
 
 void pool_close(struct pool *p) {
