@@ -7,6 +7,7 @@
 #include "../error.h"
 #include "../rope.h"
 #include "kernels.h"
+#include "matmul.h"
 #include "pool.h"
 #include <math.h>
 #include <stdlib.h>
@@ -15,14 +16,12 @@
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
 enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = 512, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
-enum { SUMS = 32768 };  // floats on a worker's stack, see product_range
 
 struct cpu {
     const struct model *model;
     const struct kernels *kernels;
     struct pool *pool;
     uint32_t kv_kind;
-    size_t planes;          // 8-bit codes for each number in a quantised matmul's input: 1 or 2
     float *frequencies;     // (head_dim / 2) rope, radians a position
 
     size_t key_bytes;       // one layer's keys in a page; its values take as much
@@ -40,9 +39,7 @@ struct cpu {
     float *y;               // (rows, dim) what output and down add to the stream
     float *cos, *sin;       // (rows, head_dim / 2)
     float *logits;          // (LOGIT_ROWS, vocab)
-    int8_t *codes;          // (planes, rows, most columns) one matmul's input in 8 bits
-    float *scales;          // (planes, rows, most columns / GROUP)
-    int32_t *sums;          // (planes, rows, most columns / GROUP)
+    struct multiplier by;   // with one matmul's input as codes, (planes, rows, most columns)
 };
 
 /* The part of a batch that is being computed, n <= cpu->rows. */
@@ -54,126 +51,6 @@ struct part {
     const int32_t *tokens, *positions;
     const struct sequence *const *of;
 };
-
-// ---- matmul: up to three matrices that share an input, in one pass over the threads
-
-struct product {
-    const struct matrix *matrix;
-    float *y;               // (n, y_stride)
-    size_t y_stride;
-};
-
-struct products {
-    const struct kernels *kernels;
-    struct input in;        // float kinds read x; quantised kinds see planes * n rows of codes
-    size_t planes;
-    const struct product *list;
-    size_t n;
-};
-
-static void kernel(const struct kernels *k, uint32_t kind, const struct matmul *job, size_t first,
-                   size_t last) {
-    switch (kind) {
-    case LLAMA_F32: k->matmul_f32(job, first, last); break;
-    case LLAMA_F16: k->matmul_f16(job, first, last); break;
-    case LLAMA_BF16: k->matmul_bf16(job, first, last); break;
-    case LLAMA_Q8: k->matmul_q8(job, first, last); break;
-    case LLAMA_Q4: k->matmul_q4(job, first, last); break;
-    }
-}
-
-/* Strips [first, last) of one product. With two planes each row's number is coarse + fine, so
- * the kernel sees both as rows of their own, weights unpacked once for all of them, and their
- * results meet here, a few strips at a time so that they meet in a near cache. */
-static void product_range(const struct products *p, const struct product *to, size_t first,
-                          size_t last) {
-    const struct matrix *m = to->matrix;
-    const size_t n = p->in.n;
-    if (p->planes == 1 || m->kind->columns == 1) {
-        const struct matmul job = {m->data, m->strip_bytes, &p->in, to->y, to->y_stride};
-        kernel(p->kernels, m->kind_number, &job, first, last);
-        return;
-    }
-    struct input in = p->in;
-    in.n = 2 * n;
-    float sums[SUMS];       // (2 n, strips * TILE_ROWS)
-    const size_t most = SUMS / (2 * n * TILE_ROWS);
-    for (size_t strip = first; strip < last; strip += most) {
-        const size_t strips = last - strip < most ? last - strip : most;
-        const size_t width = strips * TILE_ROWS;
-        const struct matmul job = {m->data + strip * m->strip_bytes, m->strip_bytes, &in, sums,
-                                   width};
-        kernel(p->kernels, m->kind_number, &job, 0, strips);
-        for (size_t t = 0; t < n; t++) {
-            float *y = to->y + t * to->y_stride + strip * TILE_ROWS;
-            for (size_t r = 0; r < width; r++) y[r] = sums[t * width + r] + sums[(n + t) * width + r];
-        }
-    }
-}
-
-static void products_range(void *context, size_t first, size_t last) {
-    const struct products *p = context;
-    for (size_t i = 0; i < p->n && first < last; i++) {
-        const size_t strips = p->list[i].matrix->strips;
-        if (first < strips) product_range(p, &p->list[i], first, last < strips ? last : strips);
-        first = first > strips ? first - strips : 0;
-        last = last > strips ? last - strips : 0;
-    }
-}
-
-struct quantizing {
-    const struct cpu *cpu;
-    const float *x;
-    size_t n, x_stride, columns;
-};
-
-/* Row I in codes, and with two planes what they leave over in codes once more. */
-static void quantize_row(const struct quantizing *z, size_t i) {
-    enum { PIECE = 16 * GROUP };
-    const struct cpu *c = z->cpu;
-    const size_t groups = (z->columns + GROUP - 1) / GROUP;
-    for (size_t start = 0; start < z->columns; start += PIECE) {
-        const size_t n = z->columns - start < PIECE ? z->columns - start : PIECE;
-        const float *x = z->x + i * z->x_stride + start;
-        float rest[PIECE];
-        for (size_t plane = 0; plane < c->planes; plane++) {
-            const size_t group = (plane * z->n + i) * groups + start / GROUP;
-            int8_t *codes = c->codes + group * GROUP;
-            c->kernels->quantize_row(x, n, codes, c->scales + group, c->sums + group);
-            for (size_t j = 0; j < n && plane + 1 < c->planes; j++)
-                rest[j] = x[j] - c->scales[group + j / GROUP] * (float)codes[j];
-            x = rest;
-        }
-    }
-}
-
-static void quantize_range(void *context, size_t first, size_t last) {
-    for (size_t i = first; i < last; i++) quantize_row(context, i);
-}
-
-/* y = matrix x for each product; x (n, x_stride), quantised first if any matrix needs it. */
-static void matmul(struct cpu *c, size_t n, const float *x, size_t x_stride, size_t n_products,
-                   const struct product *list) {
-    const size_t columns = list[0].matrix->columns;
-    size_t strips = 0;
-    int quantised = 0;
-    for (size_t i = 0; i < n_products; i++) {
-        strips += list[i].matrix->strips;
-        quantised |= list[i].matrix->kind->columns > 1;
-    }
-    if (quantised) {
-        struct quantizing z = {c, x, n, x_stride, columns};
-        pool_run(c->pool, n, 4, quantize_range, &z);
-    }
-    struct products p = {
-        .kernels = c->kernels,
-        .in = {n, columns, x, x_stride, c->codes, c->scales, c->sums},
-        .planes = c->planes,
-        .list = list,
-        .n = n_products,
-    };
-    pool_run(c->pool, strips, 2, products_range, &p);
-}
 
 // ---- the steps of one layer
 
@@ -216,7 +93,7 @@ static void qkv(struct part *p) {
     const struct product list[] = {{&p->layer->wq, c->q, c->heads},
                                    {&p->layer->wk, c->k, c->kv_heads},
                                    {&p->layer->wv, c->v, c->kv_heads}};
-    matmul(c, p->n, c->normed, c->dim, 3, list);
+    matmul(&c->by, p->n, c->normed, c->dim, 3, list);
 }
 
 static void rope_range(void *context, size_t first, size_t last) {
@@ -314,7 +191,7 @@ static void residual(struct part *p) { pool_run(p->cpu->pool, p->n, 8, residual_
 
 static void output(struct part *p) {
     struct cpu *c = p->cpu;
-    matmul(c, p->n, c->attended, c->heads, 1, &(struct product){&p->layer->wo, c->y, c->dim});
+    matmul(&c->by, p->n, c->attended, c->heads, 1, &(struct product){&p->layer->wo, c->y, c->dim});
     residual(p);
 }
 
@@ -334,13 +211,13 @@ static void gate_up(struct part *p) {
     struct cpu *c = p->cpu;
     const struct product list[] = {{&p->layer->w1, c->gate, c->hidden},
                                    {&p->layer->w3, c->up, c->hidden}};
-    matmul(c, p->n, c->normed, c->dim, 2, list);
+    matmul(&c->by, p->n, c->normed, c->dim, 2, list);
     pool_run(c->pool, p->n, 1, swiglu_range, c);
 }
 
 static void down(struct part *p) {
     struct cpu *c = p->cpu;
-    matmul(c, p->n, c->gate, c->hidden, 1, &(struct product){&p->layer->w2, c->y, c->dim});
+    matmul(&c->by, p->n, c->gate, c->hidden, 1, &(struct product){&p->layer->w2, c->y, c->dim});
     residual(p);
 }
 
@@ -359,7 +236,7 @@ static float *logits(struct part *p, const uint8_t *want, float *out) {
     pool_run(c->pool, wanted, 4, norm_range, &z);
     for (size_t i = 0; i < wanted; i += LOGIT_ROWS) {
         const size_t n = wanted - i < LOGIT_ROWS ? wanted - i : LOGIT_ROWS;
-        matmul(c, n, c->normed + i * c->dim, c->dim, 1,
+        matmul(&c->by, n, c->normed + i * c->dim, c->dim, 1,
                &(struct product){&c->model->output, c->logits, c->vocab});
         for (size_t j = 0; j < n; j++, out += f->vocab_size)
             memcpy(out, c->logits + j * c->vocab, f->vocab_size * sizeof(float));
@@ -443,9 +320,9 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
         {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->vocab * 4},
         {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
-        {&c->codes, r * c->planes * widest},
-        {&c->scales, r * c->planes * widest / GROUP * 4},
-        {&c->sums, r * c->planes * widest / GROUP * 4},
+        {&c->by.codes, r * c->by.planes * widest},
+        {&c->by.scales, r * c->by.planes * widest / GROUP * 4},
+        {&c->by.sums, r * c->by.planes * widest / GROUP * 4},
     };
     size_t bytes = 0;
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
@@ -484,7 +361,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     const llama_config *f = &model->config;
     c->model = model;
     c->kernels = kernels_find(options->isa);
-    c->planes = options->activations == 8 ? 1 : 2;
+    c->by.planes = options->activations == 8 ? 1 : 2;
     c->kv_kind = options->kv_kind >= 0      ? (uint32_t)options->kv_kind
                  : f->kind == LLAMA_F32     ? LLAMA_F32
                                             : LLAMA_F16;
@@ -498,6 +375,8 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     if (!c->frequencies || !c->kernels || scratch_open(c) ||
         !(c->pool = pool_open(options->threads)))
         return cpu_close(c), -1;
+    c->by.kernels = c->kernels;
+    c->by.pool = c->pool;
     rope_frequencies(f, c->frequencies);
     info->isa = c->kernels->isa;
     info->threads = pool_threads(c->pool);
