@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llama.cli import DEFAULT_BIN, Parser, run, step_bytes
 
@@ -41,7 +42,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(path: Path, given: argparse.Namespace) -> dict[str, object]:
+def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One model's figures; rates in tokens a second, bandwidth in bytes a second."""
     from llama.engine import Engine, measure_bandwidth
 

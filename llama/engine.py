@@ -74,7 +74,7 @@ class SessionInfo:
 
 def isa_names() -> list[str]:
     """The CPU kernel sets that this build and CPU can run, best first."""
-    names = []
+    names: list[str] = []
     while (name := lib.llama_isa_name(len(names))) != ffi.NULL:
         names.append(ffi.string(name).decode())
     return names

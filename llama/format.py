@@ -188,7 +188,7 @@ class Writer:
             raise
         return self
 
-    def write(self, name: str, chunk: Array | bytes) -> None:
+    def write(self, name: str, chunk: Array | bytes | bytearray) -> None:
         """Writes the next rows of tensor NAME.
 
         An array is float32, float16 or uint16 (bf16): (rows, columns) of a float-kind matrix,
@@ -441,7 +441,7 @@ def _unpack_records(
             and 1 <= rows <= 2**32
             and 1 <= columns <= 2**32
             and raw[-1] == 0
-            and 0 < len(name)
+            and len(name) > 0
             and name not in records
             and size == record.size()
             and offset % ALIGN == 0

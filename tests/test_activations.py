@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_models
+
 from llama import format
 from llama.config import Config
 from llama.engine import Engine, isa_names

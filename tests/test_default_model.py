@@ -26,6 +26,7 @@ from llama.checkpoints import default
 from llama.engine import Engine
 from llama.errors import LlamaError
 from llama.format import read
+from llama.quant import Kind
 
 COUNT = 48
 NEAR_TIE = 0.05
@@ -189,6 +190,22 @@ def test_f16_chooses_transformers_tokens_but_for_near_ties(
     print(
         f"{len(near)} near-ties under {NEAR_TIE} of {len(prompts) * COUNT} tokens:", *near, sep="\n"
     )
+
+
+@pytest.mark.parametrize("kind, least", [(Kind.Q8, 0.97), (Kind.Q4, 0.75)])
+def test_quantised_stays_close(
+    bins: dict[str, Path], prompts: list[list[int]], texts: list[list[int]], judged: list[Any],
+    kind: Kind, least: float, tmp_path: Path,
+) -> None:  # fmt: skip
+    """How often its largest logit is f32's, along f32's texts: 99 % and 83 % were seen."""
+    path = small_models.quantized(bins["f32"], tmp_path / "small.bin", kind)
+    same = [
+        forced(path, prompt, text).argmax(axis=1) == text
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    share = float(np.mean(same))
+    print(f"{kind.label}: {share:.1%} of {len(prompts) * COUNT} tokens")
+    assert share >= least
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

@@ -61,6 +61,8 @@ def says(message: str) -> Any:
         ({"isa": "Scalar"}, 'isa "Scalar" is not among'),
         ({"kv": "q8"}, "kv is 'q8', expected 'f32' or 'f16'"),
         ({"kv": ""}, "kv is '', expected"),
+        ({"activations": 4}, "activations is 4, expected 8 or 16"),
+        ({"activations": 0}, "activations is 0, expected 8 or 16"),
         ({"threads": 0}, "threads is 0, expected 1 or more"),
         ({"threads": -1}, "threads is -1"),
         ({"threads": 1025}, "threads is 1025, expected 1 to 1024"),
@@ -422,7 +424,12 @@ def test_pages_are_taken_on_demand_and_used_again(path: Path, kv: str) -> None:
         assert pages() == 5  # the page that it wrote into was copied, the whole one was not
         feed(engine, 1, sequence=2, start=PAGE + 1)
         assert pages() == 5  # whose only owner is now sequence 2
-        for s in range(5):
+        engine.fork(3, 2, 1)  # what sequence 2 held is free again: its copy and, with 4's, both
+        engine.trim(4, 0)
+        for s in range(5, 8):
+            feed(engine, 1, sequence=s)
+        assert pages() == 5
+        for s in range(8):
             engine.trim(s, 0)
         feed(engine, 5 * PAGE)
         assert pages() == 5

@@ -29,15 +29,15 @@ SHAPE = small_models.config(
     max_seq_len=1400,
 )  # fmt: skip
 PAGE = 32
-KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8, Kind.Q4]
+KINDS = [(kind, 16) for kind in Kind] + [(Kind.Q8, 8), (Kind.Q4, 8)]  # and activations' bits
 slow = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Alone:
     """What the logits of a list of tokens are."""
 
-    def __init__(self, path: Path) -> None:
-        self.engine = Engine(path, threads=1)
+    def __init__(self, path: Path, activations: int) -> None:
+        self.engine = Engine(path, threads=1, activations=activations)
         self.known: dict[tuple[int, ...], F32] = {}
 
     def __call__(self, tokens: list[int]) -> F32:
@@ -54,17 +54,19 @@ class Alone:
 class Bench:
     """A model of one kind: its file, what is right, and an engine under test."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.alone = Alone(path)
-        self.engine = Engine(path, threads=2)
+    def __init__(self, path: Path, activations: int) -> None:
+        self.path, self.activations = path, activations
+        self.alone = Alone(path, activations)
+        self.engine = Engine(path, threads=2, activations=activations)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.label)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda p: f"{p[0].label}-{p[1]}")
 def bench(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Bench]:
-    made = Bench(small_models.of_kind(tmp_path_factory.mktemp("same"), SHAPE, request.param))
+    kind, activations = request.param
+    path = small_models.of_kind(tmp_path_factory.mktemp("same"), SHAPE, kind)
+    made = Bench(path, activations)
     yield made
     made.engine.close()
     made.alone.engine.close()
@@ -93,7 +95,7 @@ def clear(engine: Engine) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(bench: Bench, threads: int) -> None:
     tokens = tokens_of(0, 90)
-    with Engine(bench.path, threads=threads) as engine:
+    with Engine(bench.path, threads=threads, activations=bench.activations) as engine:
         assert engine.info().threads == threads
         assert np.array_equal(feed(engine, 3, tokens), bench.alone(tokens))
         for i, token in enumerate(tokens):
@@ -116,6 +118,9 @@ def test_a_prompt_longer_than_the_scratch(bench: Bench) -> None:
     clear(bench.engine)
     pieces = [feed(bench.engine, 0, tokens[i : i + 100], i) for i in range(0, 1300, 100)]
     assert np.array_equal(np.concatenate(pieces), bench.alone(tokens))
+    want = np.random.default_rng(2).random(1300) < 0.1
+    got = bench.engine.forward(tokens, [1] * 1300, range(1300), want)
+    assert np.array_equal(got, bench.alone(tokens)[want])
 
 
 @slow

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+
 from llama import format
 from llama.config import Config
 from llama.engine import Model
@@ -179,8 +180,9 @@ def test_odd_groups(values: np.ndarray) -> None:
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "quantize.py"), *map(str, words)], capture_output=True, text=True
-    )
+        [sys.executable, str(ROOT / "quantize.py"), *map(str, words)],
+        capture_output=True, text=True,
+    )  # fmt: skip
 
 
 def test_the_command(tmp_path: Path) -> None:

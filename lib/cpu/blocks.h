@@ -12,7 +12,7 @@
 
 enum store { F32, F16, BF16, Q8, Q4 };
 
-enum { LONG_STRIP = 40 << 10, FLOAT_PIECE = 512, GROUP_PIECE = 16 };
+enum { LONG_STRIP = 40 << 10, FLOAT_PIECE = 512, GROUP_PIECE = 128 };
 
 /* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
  * units of the kind's block. */
@@ -55,23 +55,18 @@ INLINE void block(const struct matmul *m, const struct place *at, enum store kin
         float_block(m, at, kind, S, T);
 }
 
-/* All tokens against S strips: blocks of MOST while they last, the rest in equal parts. */
+/* All tokens against S strips, in blocks of MOST (up to 6) while they last. */
 INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int S,
                        const int most) {
     const size_t n = m->in->n;
     for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
         block(m, &at, kind, S, most);
-    while (at.token < n) {
-        size_t rest = n - at.token, size = rest > 6 ? (rest + 1) / 2 : rest;
-        switch (size) {
-        case 1: block(m, &at, kind, S, 1); break;
-        case 2: block(m, &at, kind, S, 2); break;
-        case 3: block(m, &at, kind, S, 3); break;
-        case 4: block(m, &at, kind, S, 4); break;
-        case 5: block(m, &at, kind, S, 5); break;
-        case 6: block(m, &at, kind, S, 6); break;
-        }
-        at.token += size;
+    switch (n - at.token) {
+    case 1: block(m, &at, kind, S, 1); break;
+    case 2: block(m, &at, kind, S, 2); break;
+    case 3: block(m, &at, kind, S, 3); break;
+    case 4: block(m, &at, kind, S, 4); break;
+    case 5: block(m, &at, kind, S, 5); break;
     }
 }
 
