@@ -1,16 +1,23 @@
 /* pool.c: workers spin for a moment after each step, since the next one comes within
- * microseconds while a token is computed, and sleep when it does not. */
+ * microseconds while a token is computed, and sleep when it does not.
+ *
+ * A step is over when all its items are done, not when all workers have seen it: one that the
+ * system has put aside holds up nobody unless it has taken a range. */
 #include "pool.h"
 #include "../error.h"
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 enum { SPINS = 4000, MOST_THREADS = 1024, RANGES_A_THREAD = 8, STACK_BYTES = 1 << 20 };
+#define NOTHING 0xffffffffu // an item beyond any
+
+typedef void work_fn(void *context, size_t first, size_t last);
 
 struct pool {
     int threads;              // the caller included
@@ -21,14 +28,17 @@ struct pool {
     pthread_cond_t wake, done;
     int sleepers;             // workers that wait for `wake`; under the lock
     atomic_bool stop;
+    atomic_bool waiting;      // the caller sleeps until `done`
     atomic_uint step;         // counts up with every pool_run
-    atomic_int working;       // workers that have not finished this step
 
-    // the step's work, written before `step` moves on
-    void (*work)(void *context, size_t first, size_t last);
-    void *context;
-    size_t n, range;
-    atomic_size_t next;       // first item nobody has taken
+    /* The step's number << 32 | the first item nobody has taken. A worker reads the fields below,
+     * then takes a range by moving `next` on: that fails if the step is not the one they were
+     * read in, so a late worker never runs one step's work with another's fields. */
+    _Atomic uint64_t next;
+    _Atomic(work_fn *) work;
+    _Atomic(void *) context;
+    atomic_size_t n, range;
+    atomic_size_t finished;   // items
 };
 
 static void relax(void) {
@@ -41,9 +51,20 @@ static void relax(void) {
 
 static void take_ranges(struct pool *p) {
     for (;;) {
-        size_t first = atomic_fetch_add_explicit(&p->next, p->range, memory_order_relaxed);
-        if (first >= p->n) return;
-        p->work(p->context, first, p->n - first > p->range ? first + p->range : p->n);
+        uint64_t next = atomic_load(&p->next);
+        const size_t first = next & NOTHING, n = atomic_load(&p->n);
+        const size_t range = atomic_load(&p->range);
+        work_fn *work = atomic_load(&p->work);
+        void *context = atomic_load(&p->context);
+        if (first >= n) return;
+        if (!atomic_compare_exchange_strong(&p->next, &next, next + range)) continue;
+        const size_t count = n - first < range ? n - first : range;
+        work(context, first, first + count);
+        if (atomic_fetch_add(&p->finished, count) + count == n && atomic_load(&p->waiting)) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->lock);
+        }
     }
 }
 
@@ -63,43 +84,51 @@ static bool wait_for_step(struct pool *p, unsigned seen) {
 
 static void *worker(void *argument) {
     struct pool *p = argument;
-    for (unsigned seen = 0; wait_for_step(p, seen); seen++) {
+    unsigned seen = 0;
+    while (wait_for_step(p, seen)) {
+        seen = atomic_load(&p->step);
         take_ranges(p);
-        if (atomic_fetch_sub(&p->working, 1) == 1) {
-            pthread_mutex_lock(&p->lock);
-            pthread_cond_signal(&p->done);
-            pthread_mutex_unlock(&p->lock);
-        }
     }
     return NULL;
 }
 
-/* Starts the next step; the lock makes sure that nobody falls asleep past it. */
-static void begin_step(struct pool *p) {
+/* Tells the workers; the lock makes sure that nobody falls asleep past it. */
+static void announce_step(struct pool *p) {
     pthread_mutex_lock(&p->lock);
-    atomic_fetch_add_explicit(&p->step, 1, memory_order_release);
+    atomic_fetch_add(&p->step, 1);
     if (p->sleepers) pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
 }
 
-void pool_run(struct pool *p, size_t n, size_t grain,
-              void (*work)(void *context, size_t first, size_t last), void *context) {
+static void wait_until_finished(struct pool *p, size_t n) {
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load(&p->finished) == n) return;
+        relax();
+    }
+    pthread_mutex_lock(&p->lock);
+    atomic_store(&p->waiting, true);
+    while (atomic_load(&p->finished) != n) pthread_cond_wait(&p->done, &p->lock);
+    atomic_store(&p->waiting, false);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pool_run(struct pool *p, size_t n, size_t grain, work_fn *work, void *context) {
     if (p->threads == 1 || n <= grain) {
         if (n) work(context, 0, n);
         return;
     }
-    size_t range = n / ((size_t)p->threads * RANGES_A_THREAD);
-    p->range = range > grain ? range : grain;
-    p->work = work, p->context = context, p->n = n;
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store(&p->working, p->threads - 1);
-    begin_step(p);
+    const size_t range = n / ((size_t)p->threads * RANGES_A_THREAD);
+    const uint64_t step = (uint64_t)(atomic_load(&p->step) + 1) << 32;
+    atomic_store(&p->next, step | NOTHING);
+    atomic_store(&p->work, work);
+    atomic_store(&p->context, context);
+    atomic_store(&p->n, n);
+    atomic_store(&p->range, range > grain ? range : grain);
+    atomic_store(&p->finished, 0);
+    atomic_store(&p->next, step);
+    announce_step(p);
     take_ranges(p);
-    for (int i = 0; i < SPINS && atomic_load(&p->working); i++) relax();
-    if (!atomic_load(&p->working)) return;
-    pthread_mutex_lock(&p->lock);
-    while (atomic_load(&p->working)) pthread_cond_wait(&p->done, &p->lock);
-    pthread_mutex_unlock(&p->lock);
+    wait_until_finished(p, n);
 }
 
 static int cores(void) {
@@ -145,7 +174,7 @@ struct pool *pool_open(int threads) {
 void pool_close(struct pool *p) {
     if (!p) return;
     atomic_store(&p->stop, true);
-    begin_step(p);
+    announce_step(p);
     for (int i = 0; i < p->started; i++) pthread_join(p->workers[i], NULL);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->wake);
