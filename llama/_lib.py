@@ -51,8 +51,9 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _cmake() -> str:
-    beside = Path(sys.executable).with_name("cmake")  # pip's, in a venv that is not activated
+def find_cmake() -> str:
+    """pip's cmake or the system's; LlamaError if there is neither."""
+    beside = Path(sys.executable).with_name("cmake")  # in a venv that is not activated
     found = str(beside) if beside.exists() else shutil.which("cmake")
     if not found:
         raise LlamaError(
@@ -63,7 +64,7 @@ def _cmake() -> str:
 
 
 def _build() -> None:
-    cmake = _cmake()
+    cmake = find_cmake()
     print("Building the C library with CMake (once, under a minute) ...", file=sys.stderr)
     jobs = str(os.cpu_count() or 1)
     for command in (
