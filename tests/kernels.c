@@ -229,11 +229,11 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
 }
 
 static void test_matmuls(void) {
-    static const size_t strips[] = {1, 2, 3, 5, 9}, columns[] = {1, 31, 32, 33, 100, 576, 2081},
-                        tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
+    static const size_t columns[] = {1, 31, 32, 33, 100, 576, 2081, 4600},
+                        strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
         for (size_t s = 0; s < 5; s++)
-            for (size_t c = 0; c < 7; c++)
+            for (size_t c = 0; c < 8; c++)
                 for (size_t n = 0; n < 8; n++)
                     if (strips[s] * columns[c] * tokens[n] < 300000) // scalar.c takes its time
                         test_matmul(kind, strips[s], columns[c], tokens[n], PLAIN);

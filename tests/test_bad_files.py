@@ -395,6 +395,12 @@ def test_a_vector_is_f32_and_one_column(folder: Path, good: bytes) -> None:
     assert "attention_norm.weight has shape (9, 1), expected (10, 1)" in line
 
 
+def test_a_matrix_of_fewer_columns(folder: Path, good: bytes) -> None:
+    """The record is sound in itself; only the config says that it is too narrow."""
+    line = refused(folder, changed(good, (RECORDS + 80, "Q", 9), (RECORDS + 96, "Q", 2 * 9 * 64)))
+    assert line == "tok_embeddings.weight has shape (19, 9), expected (19, 10)"
+
+
 def test_missing_tensors_are_named(folder: Path, good: bytes) -> None:
     path = folder / "good.bin"
     for i, name in enumerate(read(path).records):

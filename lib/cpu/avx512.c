@@ -11,8 +11,9 @@
 #include <math.h>
 #include <string.h>
 
-/* Register blocks, of 32 registers: 2 strips by 12 tokens of floats; 2 by 6 of codes, whose sums
- * are kept twice, as integers and as floats. */
+/* Register blocks, of 32 registers: 4 strips by 6 tokens of floats, whose 10 loads feed 24 fma (95%
+ * of the FMA peak; 2 by 12 had 14, and twelve rows a power of two apart fight for the 8 ways of
+ * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats. */
 enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
 #include "blocks.h"
 

@@ -12,7 +12,9 @@
 
 enum store { F32, F16, BF16, Q8, Q4 };
 
-enum { LONG_STRIP = 40 << 10, FLOAT_PIECE = 512, GROUP_PIECE = 128 };
+/* Columns of a piece: what PIECE columns of a block's strips take, 128 KiB of f32 (4 strips) or
+ * 136 KiB of q8 (2 strips), lies in L2 while all tokens pass by. LONG_STRIP: see matmul. */
+enum { FLOAT_PIECE = 512, GROUP_PIECE = 128, LONG_STRIP = 40 << 10 };
 
 /* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
  * units of the kind's block. */
@@ -73,8 +75,8 @@ INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind,
 /* One token: memory is what waits. Strips of LONG_STRIP bytes and more are read two at a time, for
  * two streams keep more reads in flight (q8, 4,096 columns: 23.8 GB/s against 21.1); shorter ones
  * singly, for one stream goes on into the next strip where two would start anew (q8, 576 columns:
- * 22.9 against 17.9). Prefetch instructions only cost, at any distance. (Zen 4, one thread.)
- * Many tokens: a piece of a few strips that fits the near caches meets all of them. */
+ * 22.9 against 17.9). Prefetch instructions, 1 to 8 KiB ahead, only cost. (Zen 4, one thread.)
+ * Many tokens: a piece of a few strips, small enough for L2, meets all of them. */
 INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind) {
     const int quantised = kind == Q8 || kind == Q4, most = quantised ? GROUP_TOKENS : FLOAT_TOKENS;
     const size_t n = m->in->n, columns = quantised ? count_groups(m->in) : m->in->columns;
@@ -142,21 +144,19 @@ static void attend_f16(const struct attention *a) {
 // ---- the table
 
 static void fill_table(struct kernels *k, const char *isa) {
-    *k = (struct kernels){
-        .isa = isa,
-        .matmul_f32 = matmul_f32,
-        .matmul_f16 = matmul_f16,
-        .matmul_bf16 = matmul_bf16,
-        .matmul_q8 = matmul_q8,
-        .matmul_q4 = matmul_q4,
-        .quantize_row = quantize_row,
-        .rms_norm = rms_norm,
-        .rope = rope,
-        .swiglu = swiglu,
-        .add = add,
-        .attend_f32 = attend_f32,
-        .attend_f16 = attend_f16,
-        .to_f16 = to_f16,
-    };
+    k->isa = isa;
+    k->matmul_f32 = matmul_f32;
+    k->matmul_f16 = matmul_f16;
+    k->matmul_bf16 = matmul_bf16;
+    k->matmul_q8 = matmul_q8;
+    k->matmul_q4 = matmul_q4;
+    k->quantize_row = quantize_row;
+    k->rms_norm = rms_norm;
+    k->rope = rope;
+    k->swiglu = swiglu;
+    k->add = add;
+    k->attend_f32 = attend_f32;
+    k->attend_f16 = attend_f16;
+    k->to_f16 = to_f16;
 }
 #endif
