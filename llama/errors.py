@@ -1,9 +1,15 @@
-"""The one exception of this package.
-
-A message is one line that names the thing, what was expected and what was found: scripts print
-it after their own name and exit 1, so nobody meets a traceback for a file that is merely bad.
-"""
+"""The one exception of this project: what a user can put right, in one line."""
 
 
 class LlamaError(Exception):
-    """Something outside the program is wrong; the message is one line for a person."""
+    """One line that names the thing, what was expected and what was found.
+
+    Texts out of a file may stand in it, so what is no printable character is shown as its escape:
+    a line stays one line, and nothing in it can speak to a terminal.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        )

@@ -38,7 +38,7 @@ static void product_range(const struct products *p, const struct product *to, si
     struct input in = p->in;
     in.n = 2 * n;
     float sums[SUMS];       // (2 n, strips * TILE_ROWS)
-    const size_t most = SUMS / (2 * n * TILE_ROWS);
+    const size_t most = SUMS / (2 * n * TILE_ROWS) / 2 * 2; // kernels like strips in pairs
     for (size_t strip = first; strip < last; strip += most) {
         const size_t strips = last - strip < most ? last - strip : most;
         const size_t width = strips * TILE_ROWS;

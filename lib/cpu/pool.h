@@ -14,7 +14,8 @@ struct pool *pool_open(int threads);
 void pool_close(struct pool *pool);
 int pool_threads(const struct pool *pool);
 /* Calls work(context, first, last) for ranges of at least GRAIN, but for the last, that cover
- * [0, n), n below 2^31. A single range, or a single thread, runs in the caller without waking anyone. */
+ * [0, n); n is below 2^31. A single range, or a single thread, runs in the caller without waking
+ * anyone. */
 void pool_run(struct pool *pool, size_t n, size_t grain,
               void (*work)(void *context, size_t first, size_t last), void *context);
 #endif
