@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static _Thread_local char error_text[1024];
 
@@ -55,12 +56,17 @@ void llama_close(llama_model *model) {
     if (model) model_release(model);
 }
 
-void llama_get_config(const llama_model *model, llama_config *config) {
+int llama_get_config(const llama_model *model, llama_config *config) {
+    if (!model || !config) return fail("llama_get_config: an argument is NULL");
     *config = model->model.config;
+    return 0;
 }
 
-size_t llama_count_tensors(const llama_model *model) { return model->model.file.n_tensors; }
-size_t llama_count_meta(const llama_model *model) { return model->model.file.n_metas; }
+size_t llama_count_tensors(const llama_model *model) {
+    return model ? model->model.file.n_tensors : 0;
+}
+
+size_t llama_count_meta(const llama_model *model) { return model ? model->model.file.n_metas : 0; }
 
 int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tensor) {
     if (!model || !tensor) return fail("llama_get_tensor: an argument is NULL");
@@ -79,6 +85,7 @@ int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta) {
 }
 
 int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes) {
+    if (!model || !bytes || !n_bytes) return fail("llama_get_tokenizer: an argument is NULL");
     const struct file *f = &model->model.file;
     *bytes = f->tokenizer;
     *n_bytes = f->tokenizer_bytes;
@@ -142,6 +149,7 @@ struct llama_session {
     void *state;           // the backend's
     struct cache cache;
     pthread_mutex_t lock;  // held through each call
+    pid_t process;         // that opened it; a fork of it has no worker threads
     llama_session_info info;
     float *kept;           // (n_kept, vocab_size) logits of the last forward
     size_t n_kept, kept_room;
@@ -183,6 +191,7 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
     if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
     s->backend = backend;
     s->model = model;
+    s->process = getpid();
     atomic_fetch_add(&model->users, 1);
     cache_open(&s->cache, backend->pages(s->state));
     pthread_mutex_init(&s->lock, NULL);
@@ -273,6 +282,8 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
 int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
     if (!s || !batch || (batch->n && !(batch->tokens && batch->sequences && batch->positions)))
         return fail("llama_forward: an argument is NULL");
+    if (s->process != getpid())
+        return fail("this session belongs to another process, which forked: open one here");
     pthread_mutex_lock(&s->lock);
     int rc = forward_locked(s, batch, logits);
     pthread_mutex_unlock(&s->lock);

@@ -4,10 +4,14 @@
  * number of sessions. A session is a device, a KV cache and the scratch memory of one forward
  * pass. Text never enters here: tokens go in, logits or tokens come out.
  *
- * Errors: a function that returns int returns 0, or -1 with the reason in llama_error(). The
- * library never prints, never exits and reads no environment variable.
+ * Errors: a function that returns int returns 0, or -1 with the reason in llama_error(). An
+ * argument that is NULL or out of range is an error and never a crash; using a handle after its
+ * close is the caller's bug. The library never prints, never exits and reads no environment
+ * variable.
  * Threads: a model may be used by many threads at once. A session holds one lock for the length
- * of each call, so threads that share it take turns. Nothing is global.
+ * of each call, so threads that share it take turns; the caller sees to it that llama_close and
+ * llama_session_close come last. A call takes up to 256 KiB of its thread's stack. A forked child
+ * may close the sessions it inherits and do nothing else with them. Nothing is global.
  * Memory: what a function hands out belongs to the library and lives as long as its model or
  * session; the caller owns the buffers it passes in.
  *
@@ -65,27 +69,30 @@ typedef struct {
 
 typedef struct {
     const char *key;
-    uint32_t type;        // LLAMA_META_*
+    uint32_t type;        // LLAMA_META_*; any other is of a later version, to be skipped
     int64_t integer;      // LLAMA_META_INT
     double number;        // LLAMA_META_FLOAT
-    const uint8_t *bytes; // LLAMA_META_TEXT (UTF-8, no terminator) and LLAMA_META_BYTES
+    const uint8_t *bytes; // the value as stored; LLAMA_META_TEXT: UTF-8, no terminator
     uint64_t n_bytes;
 } llama_meta;
 
-/* The reason for this thread's last failure, one line; "" before the first. */
+/* The reason for this thread's last failure, one line if the names given to the library are;
+ * "" before the first. */
 const char *llama_error(void);
 
-/* Opens PATH and checks its header and directory; tensor data is mapped, not read.
+/* Opens PATH and checks its header and directory; tensor data is mapped, not read. The file must
+ * not be cut short or written to while it is open: replace it by a new one under its name.
  * llama_close gives the model back once its last session is closed; NULL is allowed. */
 int llama_open(const char *path, llama_model **model);
 void llama_close(llama_model *model);
 
-void llama_get_config(const llama_model *model, llama_config *config);
+int llama_get_config(const llama_model *model, llama_config *config);
+/* Tensors and meta entries are numbered from 0, in the file's order. */
 size_t llama_count_tensors(const llama_model *model);
 size_t llama_count_meta(const llama_model *model);
 int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tensor);
 int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta);
-/* The tokenizer's own file, byte for byte; returns LLAMA_TOKENIZER_*. */
+/* The tokenizer's own file, byte for byte; returns LLAMA_TOKENIZER_*, or -1. */
 int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes);
 
 /* Reads a tensor's data and compares its checksum with the recorded one. */
@@ -101,8 +108,9 @@ typedef struct {
 } llama_loss;
 
 /* Encodes rows [first, first + n) of a matrix in another kind, as they will stand in a file.
- * FIRST is a multiple of 16, and so is N unless it ends at the last row. OUT_BYTES must be
- * exactly what those rows take. THREADS as for a session. The bytes do not depend on THREADS.
+ * FIRST is a multiple of 16, and so is N unless it ends at the last row. OUT has an even address,
+ * and OUT_BYTES is exactly what those rows take. THREADS as for a session; neither the bytes nor
+ * the loss depend on it.
  * A weight that is not finite, or too large for the kind, is an error that names its place. */
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
                    int threads, void *out, size_t out_bytes, llama_loss *loss);
@@ -111,9 +119,11 @@ typedef struct {
     const char *device;   // NULL or "cpu"; "cuda"
     const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
     int threads;          // 0: one for each core this process may use
-    int kv_kind;          // LLAMA_F32, LLAMA_F16; -1: f32 for an f32 file, f16 otherwise
+    int kv_kind;          // LLAMA_F32, or LLAMA_F16, which holds keys and values up to 65,504;
+                          // -1: f32 for an f32 file, f16 otherwise
     int activations;      // bits of what meets quantised weights: 8, or 16 in two passes; 0: 16
-    uint32_t max_seq_len; // 0: the model's own; else the longest sequence this session takes
+    uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
+                          // than that, up to 2^24, is allowed: it was not trained for it
 } llama_session_options;
 
 typedef struct {
@@ -122,7 +132,7 @@ typedef struct {
     int threads, activations;
     uint32_t kv_kind, max_seq_len, page_positions;
     uint64_t kv_bytes;       // held by KV pages now, free ones included
-    uint64_t scratch_bytes;  // everything else this session allocated
+    uint64_t scratch_bytes;  // room for one forward pass and for the logits it keeps
     uint64_t kv_bytes_per_position;
 } llama_session_info;
 
@@ -130,6 +140,7 @@ typedef struct {
  * last. "scalar" is always there. */
 const char *llama_isa_name(size_t i);
 
+/* The session holds on to its model. llama_session_close: NULL is allowed. */
 int llama_session_open(llama_model *model, const llama_session_options *options,
                        llama_session **session);
 void llama_session_close(llama_session *session);
@@ -174,9 +185,9 @@ typedef struct {
 } llama_sampling;
 
 /* Chooses a token from row ROW (counting rows that wanted logits) of the last llama_forward, or
- * from LOGITS (vocab_size). SEEN are the tokens so far, for the penalty; NULL, 0 is allowed.
- * The random number depends only on (seed, completion, position). Logits that are not finite
- * where it matters (NaN, +infinity, or all -infinity) are an error. */
+ * from LOGITS (vocab_size, 1 to 2^24). SEEN are the tokens so far, for the penalty; NULL, 0 is
+ * allowed. The random number depends only on (seed, completion, position). Logits that are not
+ * finite where it matters (NaN, +infinity, or all -infinity) are an error. */
 int llama_sample(llama_session *session, size_t row, const llama_sampling *sampling,
                  const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
                  int32_t *token);
@@ -184,8 +195,9 @@ int llama_sample_logits(const float *logits, size_t vocab_size, const llama_samp
                         const int32_t *seen, size_t n_seen, uint64_t completion,
                         uint64_t position, int32_t *token);
 
-/* Reads a buffer of BYTES (0: 256 MiB, larger than caches) with THREADS threads a few times and
- * gives the best rate in bytes a second: the limit that decoding is measured against. */
+/* Reads a buffer of BYTES (0: 256 MiB, larger than caches) with THREADS threads, as for a session,
+ * a few times, and gives the best rate in bytes a second: the limit that decoding is measured
+ * against. */
 int llama_measure_bandwidth(int threads, size_t bytes, double *bytes_per_second);
 
 #pragma GCC visibility pop

@@ -36,8 +36,7 @@ float f16_to_f32(uint16_t bits) {
 uint16_t f32_to_f16(float value) {
     uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000;
     bits &= 0x7fffffff;
-    if (bits > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00 | (bits >> 13 & 0x3ff));
+    if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (bits >> 13 & 0x3ff));
     if (bits >= 0x477ff000) // 65520, half way past the largest, rounds to infinity
         return (uint16_t)(sign | 0x7c00);
     if (bits < 0x38800000) // below 2^-14: 0.5 + x has steps of 2^-24, the subnormals' unit
@@ -52,8 +51,7 @@ float bf16_to_f32(uint16_t bits) {
 
 uint16_t f32_to_bf16(float value) {
     uint32_t bits = float_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(bits >> 16 | 0x40);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

@@ -87,12 +87,18 @@ static int penalise(struct candidate *c, size_t n, float penalty, const int32_t 
 
 static double weight(struct candidate c) { return exp((double)c.logit); }
 
-/* How many of the likeliest the filters leave: they are the last ones of the array. Logits are
- * relative to the largest, so a weight is a share of the largest probability. */
+static int by_id(const void *a, const void *b) {
+    int32_t x = ((const struct candidate *)a)->id, y = ((const struct candidate *)b)->id;
+    return (x > y) - (x < y);
+}
+
+/* How many of the likeliest the filters leave: they are the last ones of the array, in rising id.
+ * Logits are relative to the largest, so a weight is a share of the largest probability. */
 static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
     struct ranking r = {c, n, n};
     size_t most = n, kept = 0;
     double total = 0, sum = 0;
+    if (!s->top_k && s->top_p == 1 && s->min_p == 0) return n; // as they came
     for (size_t i = n / 2; i-- > 0;) sift_down(c, n, i);
     if (s->top_k && (size_t)s->top_k < n) {
         most = (size_t)s->top_k;
@@ -101,25 +107,20 @@ static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
     } else {
         for (size_t i = 0; i < n; i++) total += weight(c[i]);
     }
-    if (s->top_p == 1 && s->min_p == 0) return most;
+    if (s->top_p == 1 && s->min_p == 0) kept = most;
     for (; kept < most; kept++) {
         const double w = weight(nth(&r, kept));
         if (kept && (sum >= (double)s->top_p * total || w < (double)s->min_p)) break;
         sum += w;
     }
+    qsort(c + n - kept, kept, sizeof *c, by_id);
     return kept;
 }
 
-static int by_id(const void *a, const void *b) {
-    int32_t x = ((const struct candidate *)a)->id, y = ((const struct candidate *)b)->id;
-    return (x > y) - (x < y);
-}
-
 /* The token at which the running sum of weights, in rising id, passes RANDOM of the total. */
-static int32_t draw(struct candidate *kept, size_t n, double random) {
+static int32_t draw(const struct candidate *kept, size_t n, double random) {
     double total = 0, sum = 0;
     int32_t id = kept[0].id;
-    qsort(kept, n, sizeof *kept, by_id);
     for (size_t i = 0; i < n; i++) total += weight(kept[i]);
     for (size_t i = 0; i < n && sum <= random * total; i++) {
         const double w = weight(kept[i]);

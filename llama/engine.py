@@ -123,7 +123,7 @@ class Model:
     @property
     def config(self) -> Config:
         c = ffi.new("llama_config *")
-        lib.llama_get_config(self.handle, c)
+        check(lib.llama_get_config(self.handle, c))
         scaling = Rope(c.rope_scaling)
         return Config(
             vocab_size=c.vocab_size, dim=c.dim, hidden_dim=c.hidden_dim, head_dim=c.head_dim,
@@ -191,10 +191,17 @@ class Model:
     ) -> tuple[bytearray, Loss]:
         """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks."""
         out, loss = bytearray(n_bytes), ffi.new("llama_loss *")
-        check(lib.llama_quantize(self.handle, index, first, n, int(kind), threads or 0,
+        check(lib.llama_quantize(self.handle, index, first, n, int(kind), _threads(threads),
                                  ffi.from_buffer(out, require_writable=True), n_bytes,
                                  loss))  # fmt: skip
         return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
+
+
+def _threads(count: int | None) -> int:
+    """COUNT as the library takes it: None, one a core, is 0 there."""
+    if count is not None and not 1 <= count <= 1024:
+        raise LlamaError(f"threads is {count}, expected 1 to 1024")
+    return count or 0
 
 
 def _within(name: str, value: int, most: int = 2**31 - 1) -> int:
@@ -245,9 +252,8 @@ class Engine:
             raise LlamaError(f"kv is {kv!r}, expected 'f32' or 'f16'")
         if activations not in (None, 8, 16):
             raise LlamaError(f"activations is {activations!r}, expected 8 or 16")
-        for name, value in (("threads", threads), ("max_seq_len", max_seq_len)):
-            if value is not None and not 1 <= value <= 1 << 24:
-                raise LlamaError(f"{name} is {value}, expected 1 or more")
+        if max_seq_len is not None and not 1 <= max_seq_len <= 1 << 24:
+            raise LlamaError(f"max_seq_len is {max_seq_len}, expected 1 to {1 << 24}")
         self._session: Any = None
         # so that close() waits for a call that another thread is in
         self._turn = threading.RLock()
@@ -256,7 +262,7 @@ class Engine:
         names = [ffi.new("char[]", (text or "").encode()) for text in (device, isa)]
         options.device = names[0]
         options.isa = names[1] if isa else ffi.NULL
-        options.threads = threads or 0
+        options.threads = _threads(threads)
         options.kv_kind = -1 if kv is None else int(Kind[kv.upper()])
         options.activations = activations or 0
         options.max_seq_len = max_seq_len or 0

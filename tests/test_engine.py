@@ -6,7 +6,12 @@ is as it was.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +68,7 @@ def says(message: str) -> Any:
         ({"kv": ""}, "kv is '', expected"),
         ({"activations": 4}, "activations is 4, expected 8 or 16"),
         ({"activations": 0}, "activations is 0, expected 8 or 16"),
-        ({"threads": 0}, "threads is 0, expected 1 or more"),
+        ({"threads": 0}, "threads is 0, expected 1 to 1024"),
         ({"threads": -1}, "threads is -1"),
         ({"threads": 1025}, "threads is 1025, expected 1 to 1024"),
         ({"threads": 2**40}, "threads is"),
@@ -343,6 +348,30 @@ def test_closing_waits_for_a_running_call(path: Path) -> None:
         assert len(ends) == 3 and all("used after close" in end for end in ends)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_lets_go_of_what_it_inherits(path: Path) -> None:
+    """Its parent's workers are not there: it may close the session, and nothing waits for them."""
+    with Engine(path, threads=3) as engine:
+        right = feed(engine, 40)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                feed(engine, 1, start=40)
+            except LlamaError as error:
+                status = 0 if "another process" in str(error) else 2
+            finally:
+                engine.close()
+                os._exit(status)
+        deadline = time.monotonic() + 20
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        assert done == (child, 0)
+        assert np.array_equal(feed(engine, 40, sequence=1), right)
+
+
 def test_threads_share_an_engine(path: Path) -> None:
     with Engine(path, threads=2) as engine:
         right = feed(engine, 60, sequence=200)
@@ -438,6 +467,41 @@ def test_pages_are_taken_on_demand_and_used_again(path: Path, kv: str) -> None:
         assert pages() == 5
 
 
+def test_no_memory_for_a_page_changes_nothing(tmp_path: Path) -> None:
+    """A batch of two sequences that share a page, with room left for a few pages of 512 KB."""
+    shape = small_models.config(dim=64, head_dim=64, n_heads=8, n_kv_heads=8, n_layers=4,
+                                max_seq_len=30000)  # fmt: skip
+    program = """if True:
+        import resource, sys
+        import numpy as np
+        from llama.engine import Engine
+        from llama.errors import LlamaError
+        with Engine(sys.argv[1], threads=2) as engine:
+            def feed(n, sequence, start=0):
+                return engine.forward([7] * n, [sequence] * n, range(start, start + n), [True] * n)
+            first = feed(40, 0)
+            engine.fork(0, 1, 40)
+            held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + (40 << 20), -1))
+            try:
+                engine.forward([7] * 9603, [1] * 3 + [0] * 9600, [40, 41, 42, *range(40, 9640)])
+            except LlamaError as error:
+                print(error)
+            assert engine.length(0) == engine.length(1) == 40
+            more = feed(5, 1, 40)
+            assert np.array_equal(feed(5, 0, 40), more)
+            assert np.array_equal(feed(45, 2), np.concatenate([first, more]))
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc/self/statm to know where to set the limit")
+    path = small_models.of_kind(tmp_path, shape, Kind.F32)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=root, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out of memory for a KV page of 524288 bytes\n"
+
+
 def test_scratch_does_not_grow_with_the_context(path: Path) -> None:
     with Engine(path, max_seq_len=64) as a, Engine(path, max_seq_len=2**24) as b:
         assert a.info().scratch_bytes == b.info().scratch_bytes
@@ -462,6 +526,10 @@ def test_info_says_where_it_runs(path: Path, tmp_path: Path) -> None:
 
 def test_bandwidth_is_plausible() -> None:
     assert 1e8 < measure_bandwidth(threads=1) < 1e13
+    rate = ffi.new("double *")
+    for size in (2**62, 2**64 - 1):
+        assert lib.llama_measure_bandwidth(1, size, rate) == -1
+        assert f"buffer of {size} bytes" in ffi.string(lib.llama_error()).decode()
 
 
 # --- the model by itself
@@ -542,6 +610,10 @@ def test_null_arguments_are_refused(path: Path) -> None:
         (lib.llama_get_tensor, null, 0, ffi.new("llama_tensor *")),
         (lib.llama_get_tensor, model[0], 0, null),
         (lib.llama_get_meta, null, 0, ffi.new("llama_meta *")),
+        (lib.llama_get_config, null, ffi.new("llama_config *")),
+        (lib.llama_get_config, model[0], null),
+        (lib.llama_get_tokenizer, null, ffi.new("uint8_t **"), ffi.new("size_t *")),
+        (lib.llama_get_tokenizer, model[0], null, ffi.new("size_t *")),
         (lib.llama_read_rows, null, 0, 0, 1, ffi.new("float[24]")),
         (lib.llama_read_rows, model[0], 0, 0, 1, null),
         (lib.llama_quantize, model[0], 0, 0, 16, 3, 1, null, 544, ffi.new("llama_loss *")),
@@ -567,6 +639,7 @@ def test_null_arguments_are_refused(path: Path) -> None:
     for function, *arguments in calls:
         assert function(*arguments) == -1, function
         assert "NULL" in ffi.string(lib.llama_error()).decode(), function
+    assert lib.llama_count_tensors(null) == lib.llama_count_meta(null) == 0
     # the model outlives llama_close for as long as its session does
     lib.llama_close(model[0])
     zero = ffi.new("int32_t[1]", [0])

@@ -18,11 +18,9 @@ enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
 
 /* Elements i to i + 7 of an array of floats of a kind. */
 INLINE __m256 load8(const void *p, size_t i, enum store kind) {
-    if (kind == F32)
-        return _mm256_loadu_ps((const float *)p + i);
+    if (kind == F32) return _mm256_loadu_ps((const float *)p + i);
     __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)p + i));
-    if (kind == F16)
-        return _mm256_cvtph_ps(half);
+    if (kind == F16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
@@ -30,8 +28,7 @@ INLINE __m256 load8(const void *p, size_t i, enum store kind) {
 INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n) {
     uint32_t rest[8] = {0};
     size_t size = kind == F32 ? 4 : 2;
-    if (n >= 8)
-        return load8(p, i, kind);
+    if (n >= 8) return load8(p, i, kind);
     memcpy(rest, (const uint8_t *)p + i * size, n * size);
     return load8(rest, 0, kind);
 }
@@ -127,8 +124,7 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
 /* Columns 4 * j to 4 * j + 3 of half H of a block: signed bytes of q8, the codes 0..15 of q4. */
 INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS + 32 * h; // the scales stand first
-    if (kind == Q8)
-        return _mm256_loadu_si256((const void *)(q + 64 * j));
+    if (kind == Q8) return _mm256_loadu_si256((const void *)(q + 64 * j));
     __m256i both = _mm256_loadu_si256((const void *)(q + 64 * (j % 4)));
     return _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
 }
@@ -148,8 +144,7 @@ INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
 }
 
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
-    if (kind == Q8)
-        w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    if (kind == Q8) w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     return DPBUSD(sum, w, a);
 }
 
@@ -167,15 +162,13 @@ INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
 }
 
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
-    if (kind == Q4)
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
+    if (kind == Q4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind) {
-    if (kind == Q8)
-        return sum;
+    if (kind == Q8) return sum;
     return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), offset_sum);
 }
 #endif

@@ -21,11 +21,9 @@ enum { ALL = 0xffff };
 
 /* Elements i to i + 15 of an array of floats of a kind: the lanes of MASK, zero in the others. */
 INLINE __m512 load16(const void *p, size_t i, enum store kind, __mmask16 mask) {
-    if (kind == F32)
-        return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
+    if (kind == F32) return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
     __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + i);
-    if (kind == F16)
-        return _mm512_cvtph_ps(half);
+    if (kind == F16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
@@ -113,8 +111,7 @@ INLINE __m512i offset_sum(int32_t sum, enum store kind) {
 /* Columns 4 * j to 4 * j + 3 of a block, as unsigned bytes with the kind's offset. */
 INLINE __m512i codes(const uint8_t *block, int j, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS; // the scales stand first
-    if (kind == Q8)
-        return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), _mm512_set1_epi8(-128));
+    if (kind == Q8) return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), _mm512_set1_epi8(-128));
     __m512i both = _mm512_loadu_si512(q + 64 * (j % 4));
     return _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
 }

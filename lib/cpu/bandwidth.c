@@ -33,7 +33,8 @@ static double seconds(void) {
 }
 
 int bandwidth_measure(int threads, size_t bytes, double *bytes_per_second) {
-    const size_t chunks = ((bytes ? bytes : (size_t)256 << 20) + CHUNK - 1) / CHUNK;
+    if (!bytes) bytes = (size_t)256 << 20;
+    const size_t chunks = bytes / CHUNK + (bytes % CHUNK > 0);
     struct pool *pool = pool_open(threads);
     if (!pool) return -1;
     void *buffer = NULL;

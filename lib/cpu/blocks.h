@@ -51,10 +51,8 @@ static void to_f16(uint16_t *out, const float *x, size_t n);
 
 INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
                   const int T) {
-    if (kind == Q8 || kind == Q4)
-        group_block(m, at, kind, S, T);
-    else
-        float_block(m, at, kind, S, T);
+    if (kind == Q8 || kind == Q4) group_block(m, at, kind, S, T);
+    else float_block(m, at, kind, S, T);
 }
 
 /* All tokens against S strips, in blocks of MOST (up to 6) while they last. */
@@ -91,10 +89,8 @@ INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store
         size_t S = last - at.strip >= wide ? wide : 1;
         for (at.from = 0; at.from < columns; at.from = at.to) {
             at.to = columns - at.from < piece ? columns : at.from + piece;
-            if (S == (size_t)most_strips)
-                all_tokens(m, at, kind, most_strips, most);
-            else
-                all_tokens(m, at, kind, 1, most);
+            if (S == (size_t)most_strips) all_tokens(m, at, kind, most_strips, most);
+            else all_tokens(m, at, kind, 1, most);
         }
         at.strip += S;
     }

@@ -15,7 +15,7 @@
 
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
-enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = 512, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
+enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
 
 struct cpu {
     const struct model *model;

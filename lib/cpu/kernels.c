@@ -30,12 +30,10 @@ static unsigned cpu_features(void) {
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, F16C = 1 << 29, AVX2 = 1 << 5 };
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
     unsigned a, b, c, d, highest, features = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d))
-        return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     if ((c & (FMA | OSXSAVE | F16C)) != (FMA | OSXSAVE | F16C) || (saved_state() & 6) != 6)
         return 0;
-    if (!__get_cpuid_count(7, 0, &highest, &b, &c, &d) || !(b & AVX2))
-        return 0;
+    if (!__get_cpuid_count(7, 0, &highest, &b, &c, &d) || !(b & AVX2)) return 0;
     features |= HAS_AVX2;
     if ((b & avx512) == avx512 && (saved_state() & 0xe6) == 0xe6)
         features |= HAS_AVX512 | (c & 1 << 11 ? HAS_AVX512_VNNI : 0);
@@ -83,7 +81,6 @@ const struct kernels *kernels_at(size_t i) {
 const struct kernels *kernels_find(const char *name) {
     const struct kernels *k;
     for (size_t i = 0; (k = kernels_at(i)); i++)
-        if (!name || strcmp(name, k->isa) == 0)
-            return k;
+        if (!name || strcmp(name, k->isa) == 0) return k;
     return NULL;
 }

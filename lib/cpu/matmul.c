@@ -2,7 +2,8 @@
  * them all; the kernels do the arithmetic. */
 #include "matmul.h"
 
-enum { SUMS = 32768 }; // floats on a worker's stack, see product_range
+enum { SUMS = 32768 }; // floats on a worker's stack: two strips of two planes of MATMUL_ROWS
+_Static_assert(SUMS >= 2 * TILE_ROWS * 2 * MATMUL_ROWS, "product_range takes strips in pairs");
 
 struct products {
     const struct kernels *kernels;

@@ -8,6 +8,8 @@
 #include "kernels.h"
 #include "pool.h"
 
+enum { MATMUL_ROWS = 512 }; // the most that one product takes: see SUMS in matmul.c
+
 struct multiplier {
     const struct kernels *kernels;
     struct pool *pool;
@@ -24,7 +26,7 @@ struct product {
     size_t y_stride;
 };
 
-/* y = matrix x for each product, all of the same columns; x (n, x_stride), n at most 512. */
+/* y = matrix x for each product, all of the same columns; x (n, x_stride), n <= MATMUL_ROWS. */
 void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stride,
             size_t n_products, const struct product *list);
 #endif

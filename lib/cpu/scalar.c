@@ -16,8 +16,7 @@ static float power_of_two(int k) { // -126 <= k <= 127
 }
 
 float exp_f32(float x) {
-    if (x != x)
-        return x;
+    if (x != x) return x;
     x = x < EXP_LOW ? EXP_LOW : x;
     x = x > EXP_HIGH ? EXP_HIGH : x;
     float k = fmaf(x, EXP_LOG2E, EXP_ROUND) - EXP_ROUND;
@@ -151,8 +150,7 @@ static void quantize_group(const float *x, size_t n, int8_t *q, float *d, int32_
     memset(q, 0, GROUP);
     *sum = 0;
     *d = !finite ? NAN : largest < 0x1p-100f ? 0 : largest / 127;
-    if (!finite || largest < 0x1p-100f)
-        return;
+    if (!finite || largest < 0x1p-100f) return;
     float scale = 127 / largest;
     for (size_t i = 0; i < n; i++) {
         q[i] = (int8_t)(x[i] * scale + 0x1.8p23f - 0x1.8p23f); // half to even
