@@ -17,14 +17,16 @@ test: .venv/requirements-dev build/built
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench
 
-.venv/bin/python3:
+# the last file that venv makes: where it stopped half-way, it runs again
+.venv/bin/activate:
+	@$(PYTHON) -c 'import llama' # says so if this Python is too old
 	$(PYTHON) -m venv .venv
 
-.venv/requirements: requirements.txt | .venv/bin/python3
+.venv/requirements: requirements.txt | .venv/bin/activate
 	$(IN) pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/requirements-dev: requirements-dev.txt requirements.txt | .venv/bin/python3
+.venv/requirements-dev: requirements-dev.txt requirements.txt | .venv/bin/activate
 	$(IN) pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/requirements
 

@@ -3,26 +3,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from llama import checkpoints
-from llama.checkpoints import default
-from llama.errors import LlamaError
 
-BIN = Path(__file__).resolve().parent / "bin"
+def main() -> int:
+    from llama import cli
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
+    parser = cli.Parser(prog="export.py", description=__doc__)
     parser.add_argument(
         "source", nargs="?", type=Path, metavar="SOURCE",
         help="the checkpoint: a directory, a .gguf, llama2.c's .bin (default: the one in bin/; "
         "if there is none, SmolLM2-135M-Instruct is downloaded)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=BIN / "chat-llama.bin",
+        "--out", type=Path, default=cli.DEFAULT_BIN, metavar="FILE",
         help="what to write (default: bin/chat-llama.bin)",
     )  # fmt: skip
     parser.add_argument(
@@ -42,33 +37,27 @@ def arguments() -> argparse.Namespace:
         "--max-seq-len", type=int, metavar="N",
         help="positions the model was trained for (default: found or inferred)",
     )  # fmt: skip
-    return parser.parse_args([dashed(word) for word in sys.argv[1:]])
+    args = parser.parse_args()
 
+    def work() -> int:
+        from llama import checkpoints
+        from llama.checkpoints import default
 
-def dashed(word: str) -> str:
-    """--max_seq_len=8 -> --max-seq-len=8."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-def main() -> int:
-    given = arguments()
-    try:
-        options = checkpoints.Options(given.tokenizer, given.template, given.max_seq_len)
-        source = given.source or checkpoints.find(BIN)
-        common = {"dtype": given.dtype, "force": given.force, "options": options}
+        options = checkpoints.Options(args.tokenizer, args.template, args.max_seq_len)
+        source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:
-            default.export_default(given.out, **common)
+            default.export_default(args.out, dtype=args.dtype, force=args.force, options=options)
         else:
-            checkpoints.export(source, given.out, **common)
-    except LlamaError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+            checkpoints.export(
+                source, args.out, dtype=args.dtype, force=args.force, options=options
+            )
+        return 0
+
+    return cli.run("export.py", work, interrupted="interrupted, nothing was written")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from llama.cli import DEFAULT_BIN, Parser, run
 
+def main() -> int:
+    from llama import cli
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(prog="quantize.py", description=__doc__)
+    parser = cli.Parser(prog="quantize.py", description=__doc__)
     parser.add_argument(
         "--bits", type=int, choices=[8, 4], required=True, help="bits a weight, scales apart"
     )
     parser.add_argument(
-        "--bin", type=Path, default=DEFAULT_BIN, metavar="FILE",
+        "--bin", type=Path, metavar="FILE",
         help="the model to shrink (default: bin/chat-llama.bin)",
     )  # fmt: skip
     parser.add_argument(
@@ -24,17 +23,21 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core)")
-    return parser.parse_args()
+    args = parser.parse_args()
 
+    def work() -> int:
+        from llama.shrink import report, shrink
 
-def main() -> int:
-    given = arguments()
-    from llama.shrink import report, shrink
+        source = args.bin or cli.default_bin()
+        out = args.out or source.parent / f"{source.stem}-q{args.bits}.bin"
+        report(shrink(source, out, args.bits, force=args.force, threads=args.threads), out)
+        return 0
 
-    out = given.out or given.bin.parent / f"{given.bin.stem}-q{given.bits}.bin"
-    report(shrink(given.bin, out, given.bits, force=given.force, threads=given.threads), out)
-    return 0
+    return cli.run("quantize.py", work, interrupted="interrupted, nothing was written")
 
 
 if __name__ == "__main__":
-    sys.exit(run("quantize.py", main))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -6,7 +6,11 @@ without the C library or cffi.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 10):  # noqa: UP036 (so that an older one says so)
+    raise SystemExit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
 
 if TYPE_CHECKING:
     from llama.errors import LlamaError

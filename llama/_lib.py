@@ -74,7 +74,10 @@ def _build() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.stderr.write(done.stdout)
-            raise LlamaError(f"the C library could not be built: {' '.join(command)} failed")
+            raise LlamaError(
+                f"the C library could not be built: {' '.join(command)} failed "
+                f"(to start over: rm -rf {BUILD})"
+            )
     if _stale():  # cmake found nothing to do, e.g. a header that nothing includes was touched
         LIBRARY.touch()
 

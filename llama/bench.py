@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama.cli import DEFAULT_BIN, Parser, run, step_bytes
+from llama.cli import Parser, default_bin, run
+from llama.errors import LlamaError
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +33,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
     parser.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best)")
     parser.add_argument("--json", action="store_true", help="one JSON object a model")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for name in ("prompt", "tokens", "repeats"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} must be 1 or more, found {getattr(given, name)}")
+    return given
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -53,8 +58,9 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
         open_seconds = time.perf_counter() - opened
         config, info = engine.config, engine.info()
         n, m = given.prompt, given.tokens
-        if n + m > engine.max_seq_len:
-            n = engine.max_seq_len - m
+        n = min(n, engine.max_seq_len - m)
+        if n < 1:
+            raise LlamaError(f"{path}: --tokens {m} and a prompt do not fit its context")
         ids = [(7 * i + i * i) % config.vocab_size for i in range(n + m)]
         prompt, decode, bandwidth = [], [], []
 
@@ -72,7 +78,7 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
             decode.append(m / timed(read_tokens))
             bandwidth.append(measure_bandwidth(info.threads))
     # each step reads the weights, and the keys and values of the positions before it
-    per_token = step_bytes(config) + (n + m / 2) * info.kv_bytes_per_position
+    per_token = config.step_bytes + (n + m / 2) * info.kv_bytes_per_position
     rate, limit = statistics.median(decode), max(bandwidth)
     return {
         "model": path.name, "dtype": config.dtype, "weight_bytes": config.weight_bytes,
@@ -98,7 +104,7 @@ def main() -> int:
         print("| model | weights | kernels | threads | prompt tok/s | decode tok/s | "
               "decode, share of bandwidth |")  # fmt: skip
         print("|---|---|---|---|---|---|---|")
-    for path in given.bin or [DEFAULT_BIN]:
+    for path in given.bin or [default_bin()]:
         r = measure(path, given)
         if given.json:
             print(json.dumps(r), flush=True)

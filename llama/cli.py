@@ -1,4 +1,4 @@
-"""What run.py and chat.py share: their flags, opening the model, and how a program ends.
+"""What the root scripts share: flags, opening the model, and how a program ends.
 
 Only text goes to stdout; prompts, notes and the speed line go to stderr. Whatever is wrong is
 one line behind the program's name and exit status 1; Ctrl-C is 130.
@@ -7,6 +7,7 @@ one line behind the program's name and exit status 1; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,8 +46,14 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 break
             name, equals, value = word.partition("=")
-            if name.startswith("--"):
-                words[at] = known.get(name.replace("_", "-"), name) + equals + value
+            if name.startswith("--") and " " not in name:
+                flag = known.get(name.replace("_", "-"))
+                if flag is None:
+                    flags = list(self._option_string_actions)
+                    near = [it for it in flags if it.startswith(name)]
+                    near = near or difflib.get_close_matches(name, flags, 1)
+                    self.error(f"there is no {name}" + (f", but {near[0]}" if near else ""))
+                words[at] = flag + equals + value
         return super().parse_known_args(words, namespace)
 
 
@@ -122,27 +129,28 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
 
 def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
     """The Llama that the flags name; the default model is fetched if there is none yet."""
-    path = args.bin
-    if path is None:
-        path = DEFAULT_BIN
-        if not path.exists():
-            _make_default(path)
     from llama.generate import Llama
 
     return Llama(
-        path, threads=args.threads, device=args.device, max_seq_len=args.max_seq_len, kv=args.kv,
-        activations=args.activations, isa=args.isa, template=template,
+        args.bin or default_bin(), threads=args.threads, device=args.device,
+        max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
+        template=template,
     )  # fmt: skip
 
 
-def _make_default(path: Path) -> None:
+def default_bin() -> Path:
+    """bin/chat-llama.bin, made of the default model unless bin/ holds another to make it from."""
+    path = DEFAULT_BIN
+    if path.exists():
+        return path
     from llama import checkpoints
     from llama.checkpoints import default
 
     found = checkpoints.find(path.parent)
     if found is not None:
         raise LlamaError(f"{path} is not there yet; python3 export.py makes it from {found.name}")
-    default.ensure(path)
+    default.export_default(path)
+    return path
 
 
 def say(line: str) -> None:
@@ -177,7 +185,7 @@ def speed_line(llm: Any) -> str:
         rate = c.decode_tokens / max(c.decode_seconds, 1e-9)
         parts.append(f"decode {c.decode_tokens} tok at {rate:.1f} tok/s")
         # a step reads the weights once, whatever the batch, and the cache of each sequence
-        read = c.decode_steps * step_bytes(llm.config)
+        read = c.decode_steps * llm.config.step_bytes
         read += c.decode_positions * info.kv_bytes_per_position
         speed = read / max(c.decode_seconds, 1e-9)
         part = f"{speed / 1e9:.1f} GB/s"
@@ -189,27 +197,20 @@ def speed_line(llm: Any) -> str:
     return ", ".join(parts) or "nothing was computed"
 
 
-def step_bytes(config: Any) -> float:
-    """The weights that decoding one token reads: all, but one row only of an embedding table
-    that is not the output matrix as well."""
-    if config.tied:
-        return float(config.weight_bytes)
-    bits = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8.5, "q4": 4.5}.get(config.dtype, 16)
-    return float(config.weight_bytes - config.vocab_size * config.dim * bits / 8)
-
-
 def text_of(argument: str) -> str:
     """A command line's word as text; bytes that are no UTF-8 become U+FFFD."""
     return os.fsencode(argument).decode("utf-8", "replace")
 
 
-def run(name: str, main: Callable[[], int]) -> int:
-    """MAIN's status, with every way to fail turned into a line and a status."""
+def run(name: str, main: Callable[[], int], interrupted: str = "") -> int:
+    """MAIN's status, with every way to fail turned into a line and a status; INTERRUPTED is
+    Ctrl-C's line."""
     for number, stream in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, stream) is None:  # closed by the caller
             setattr(sys, stream, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
         if hasattr(getattr(sys, stream), "reconfigure"):
-            getattr(sys, stream).reconfigure(encoding="utf-8", errors="replace")
+            errors = "backslashreplace" if stream == "stderr" else "replace"
+            getattr(sys, stream).reconfigure(encoding="utf-8", errors=errors)
     try:
         status = main()
         sys.stdout.flush()
@@ -221,6 +222,8 @@ def run(name: str, main: Callable[[], int]) -> int:
         say(f"{name}: the package {error.name} is missing; pip install -r requirements.txt")
         return 1
     except KeyboardInterrupt:
+        if interrupted:
+            say(f"{name}: {interrupted}")
         return 130
     except BrokenPipeError:
         # the reader has seen enough; what is still buffered must not complain at exit

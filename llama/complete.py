@@ -95,9 +95,12 @@ def _text(llm: Llama, ids: list[int]) -> str:
 def parse_ids(text: str) -> list[int]:
     """Token ids, separated by commas or spaces."""
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        ids = [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise LlamaError(f"--ids must be whole numbers, found {text!r}") from None
+        ids = []
+    if not ids:
+        raise LlamaError(f"--ids must be whole numbers, found {text!r}")
+    return ids
 
 
 def read_prompts(path: Path, params: SamplingParams) -> tuple[list[Prompt], list[SamplingParams]]:

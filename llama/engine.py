@@ -34,6 +34,7 @@ class Config(Shape):
     dtype: str  # the kind that holds most of the weights: "f32", "f16", "bf16", "q8", "q4"
     file_bytes: int
     weight_bytes: int  # tensor data, padding included
+    step_bytes: int  # of these, what decoding one token reads: an embedding table gives one row
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Model:
         c = ffi.new("llama_config *")
         check(lib.llama_get_config(self.handle, c))
         scaling = Rope(c.rope_scaling)
+        table = sum(t.bytes for t in self.tensors if t.name == "tok_embeddings.weight")
         return Config(
             vocab_size=c.vocab_size, dim=c.dim, hidden_dim=c.hidden_dim, head_dim=c.head_dim,
             n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
@@ -133,6 +135,7 @@ class Model:
             tied=bool(c.tied), bos_id=None if c.bos_id < 0 else c.bos_id,
             eos_ids=tuple(c.eos_ids)[: c.n_eos],
             dtype=Kind(c.kind).label, file_bytes=c.file_bytes, weight_bytes=c.weight_bytes,
+            step_bytes=c.weight_bytes - (0 if c.tied else table),  # tied: the output matrix too
         )  # fmt: skip
 
     @property

@@ -259,8 +259,11 @@ class Writer:
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
             raise LlamaError(f"{self.path}: expected a file name, found a directory")
-        if self.path.exists() and not self.force:
-            raise LlamaError(f"{self.path}: exists already; --force replaces it")
+        if self.path.exists():
+            if not self.path.is_file():  # renaming over /dev/null would take it from everybody
+                raise LlamaError(f"{self.path}: is not a regular file")
+            if not self.force:
+                raise LlamaError(f"{self.path}: exists already; --force replaces it")
 
     def _finish(self) -> None:
         self.seal()
@@ -438,8 +441,8 @@ def _unpack_records(
         fits = (
             n_dims in (1, 2)
             and (n_dims == 2 or (columns == 1 and kind == Kind.F32))
-            and 1 <= rows <= 2**32
-            and 1 <= columns <= 2**32
+            and 1 <= rows <= 2**24
+            and 1 <= columns <= 2**24
             and raw[-1] == 0
             and len(name) > 0
             and name not in records

@@ -187,9 +187,8 @@ class Llama:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
         if not _is_ids(prompt):
-            raise LlamaError(
-                f"a prompt must be a str or a list of token ids, found {type(prompt).__name__}"
-            )
+            found = "an empty list" if prompt == [] else type(prompt).__name__
+            raise LlamaError(f"a prompt must be a str or a list of token ids, found {found}")
         return [self.tokenizer.check(token) for token in prompt]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:

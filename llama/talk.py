@@ -74,7 +74,7 @@ class Talk:
         self.turns.append({"role": "user", "content": text})
         answered = False
         try:
-            self._fit()
+            dropped = self._fit()
             if self.show:
                 show_prompt(self.llm, self.llm.template.encode(self.messages()))
                 if self.llm.template.family == "jinja":
@@ -82,13 +82,16 @@ class Talk:
                 if not self.llm.template.stop_ids:
                     say("warning: no token ends an answer; only --max_tokens and --stop do")
             stream = self.llm.stream_chat(self.messages(), self.params)
+            if dropped:
+                say(f"(the context is full: the oldest {_turns(dropped)} forgotten)")
             with cancelling(stream):
                 self._print(stream)
             self._last = stream.result
             if stream.result is not None:
                 self._note(stream.result)
             self.turns.append({"role": "assistant", "content": stream.text})
-            answered = True
+            cancelled = stream.result is None or stream.result.finish_reason == "cancelled"
+            answered = bool(stream.text) or not cancelled
         except LlamaError as error:
             self._complain(error)
         finally:
@@ -109,7 +112,8 @@ class Talk:
 
     def stats(self) -> None:
         used = len(self.llm.template.encode(self.messages(), reply=False)) if self.turns else 0
-        say(f"{len(self.turns) // 2} turns, {used} of {self.llm.max_seq_len} tokens of context")
+        turns = _turns(len(self.turns) // 2)
+        say(f"{turns}, {used} of {self.llm.max_seq_len} tokens of context")
         if self._last is not None:
             last = self._last
             seed = "" if last.seed is None else f", seed {last.seed}"
@@ -123,17 +127,16 @@ class Talk:
         self.failed = True
         say(f"chat.py: {error}")
 
-    def _fit(self) -> None:
-        """Drops the oldest turns until a quarter of the context, or max_tokens, is free."""
+    def _fit(self) -> int:
+        """Drops the oldest turns until a quarter of the context, or max_tokens, is free; how
+        many."""
         size = self.llm.max_seq_len
         room = size - min(self.params.max_tokens or size, size // 4)
         dropped = 0
         while len(self.turns) > 1 and len(self.llm.template.encode(self.messages())) > room:
             del self.turns[:2]
             dropped += 1
-        if dropped:
-            turns = "turn" if dropped == 1 else "turns"
-            say(f"(the context is full: the oldest {dropped} {turns} forgotten)")
+        return dropped
 
     def _print(self, stream: Stream) -> None:
         out = sys.stdout
@@ -151,6 +154,10 @@ class Talk:
         elif result.finish_reason == "length":
             full = result.prompt_tokens + len(result.token_ids) >= self.llm.max_seq_len
             say("(the context is full)" if full else "(cut at --max_tokens)")
+
+
+def _turns(n: int) -> str:
+    return f"{n} turn" if n == 1 else f"{n} turns"
 
 
 @contextmanager
@@ -212,5 +219,7 @@ def _editor() -> Callable[[], str] | None:
         history = FileHistory(str(file))
     except OSError:
         pass
-    session: Any = PromptSession(history=history, output=create_output(stdout=screen))
+    session: Any = PromptSession(
+        history=history, output=create_output(stdout=screen), enable_suspend=True
+    )
     return lambda: str(session.prompt("> "))

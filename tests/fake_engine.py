@@ -42,8 +42,8 @@ class FakeEngine:
         self.max_seq_len = max_seq_len
         self.config = SimpleNamespace(
             **{"vocab_size": 260, "tied": True, "bos_id": None, "eos_ids": (0,), "dtype": "f32",
-               "weight_bytes": 1000, "file_bytes": 1000, "max_seq_len": max_seq_len,
-               **config}
+               "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
+               "max_seq_len": max_seq_len, **config}
         )  # fmt: skip
         self.tokenizer = ("json", byte_tokenizer())
         self.meta: dict[str, Any] = {"template.family": "chatml"}

@@ -57,7 +57,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert talk.messages()[0] == {"role": "system", "content": "Be kind."}
     capsys.readouterr()
     for command, shown in (
-        ("/help", "/system TEXT"), ("/stats", "1 turns, "), ("/system", "system: Be kind."),
+        ("/help", "/system TEXT"), ("/stats", "1 turn, "), ("/system", "system: Be kind."),
         ("/nonsense x", "there is no /nonsense; /help lists the commands"),
         ("/reset", "the conversation is forgotten"),
     ):  # fmt: skip
@@ -104,6 +104,7 @@ def test_a_line_too_long_for_the_context_is_forgotten(capsys: pytest.CaptureFixt
     assert talk.line("x" * 500)
     captured = capsys.readouterr()
     assert "tokens and the context holds 128" in captured.err
+    assert "forgotten" not in captured.err  # nothing is
     assert talk.messages() == before and talk.failed
     assert talk.line("Hi") and len(talk.messages()) == 4
 
@@ -126,6 +127,13 @@ def test_ctrl_c_stops_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     talk.params = GREEDY
     talk.line("again")
     assert len(talk.messages()) == 4
+
+
+def test_ctrl_c_before_the_answer_forgets_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    talk, fake = open_talk(4096)
+    fake.before_forward = lambda: os.kill(os.getpid(), signal.SIGINT)
+    talk.line("x" * 2000)
+    assert "(stopped)" in capsys.readouterr().err and talk.messages() == [] and not talk.failed
 
 
 def test_the_next_turn_computes_what_is_new() -> None:
@@ -250,7 +258,7 @@ def test_at_a_terminal(tiny: Path) -> None:
     terminal.wait_for(r"\(stopped\)")
     terminal.wait_for(">")
     terminal.send("/stats\r")
-    terminal.wait_for("1 turns, ")
+    terminal.wait_for("1 turn, ")
     terminal.wait_for(">")
     terminal.send("\x1b[A\x1b[A\x15/help\r")  # up, up, clear: history and editing
     terminal.wait_for("/reset")

