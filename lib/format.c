@@ -135,12 +135,15 @@ static int check_config(const struct file *f) {
 
 static int read_config(struct file *f) {
     const uint8_t *h = f->base;
-    if (u32(h + 76) > 1) return fail("%s: unknown flags %#x in its header", f->path, u32(h + 76));
+    const uint32_t flags = u32(h + 76);
+    if (flags > 7) return fail("%s: unknown flags %#x in its header", f->path, flags);
     llama_config *c = &f->config;
     uint32_t *sizes[] = {&c->vocab_size, &c->dim,     &c->hidden_dim, &c->head_dim,
                          &c->n_layers,   &c->n_heads, &c->n_kv_heads, &c->max_seq_len};
     for (size_t i = 0; i < 8; i++) *sizes[i] = u32(h + 80 + 4 * i);
-    c->tied = u32(h + 76) & 1;
+    c->tied = flags & 1;
+    c->attention_bias = flags >> 1 & 1;
+    c->mlp_bias = flags >> 2 & 1;
     c->norm_eps = f32(h + 112);
     c->rope_theta = f32(h + 116);
     c->rope_scaling = u32(h + 120);

@@ -51,6 +51,8 @@ typedef struct {
     uint32_t rope_scaling;  // LLAMA_ROPE_*
     float rope_numbers[8];  // their meaning by kind: docs/format.md
     uint32_t tied;          // 1: the output matrix is the embedding matrix
+    uint32_t attention_bias; // 1: wq, wk, wv and wo have biases
+    uint32_t mlp_bias;      // 1: w1, w2 and w3 have
     int32_t bos_id;         // -1: none
     uint32_t n_eos;
     int32_t eos_ids[8];

@@ -43,14 +43,19 @@ static int find_layer(const struct file *f, uint32_t n, struct layer *layer) {
         {"attention_norm", dim, &layer->attention_norm},
         {"ffn_norm", dim, &layer->ffn_norm},
     };
-    const struct { const char *name; uint64_t rows, columns; struct matrix *to; } matrices[] = {
-        {"attention.wq", heads, dim, &layer->wq},
-        {"attention.wk", kv_heads, dim, &layer->wk},
-        {"attention.wv", kv_heads, dim, &layer->wv},
-        {"attention.wo", dim, heads, &layer->wo},
-        {"feed_forward.w1", c->hidden_dim, dim, &layer->w1},
-        {"feed_forward.w3", c->hidden_dim, dim, &layer->w3},
-        {"feed_forward.w2", dim, c->hidden_dim, &layer->w2},
+    const struct {
+        const char *name;
+        uint64_t rows, columns;
+        struct matrix *to;
+        uint32_t bias;
+    } matrices[] = {
+        {"attention.wq", heads, dim, &layer->wq, c->attention_bias},
+        {"attention.wk", kv_heads, dim, &layer->wk, c->attention_bias},
+        {"attention.wv", kv_heads, dim, &layer->wv, c->attention_bias},
+        {"attention.wo", dim, heads, &layer->wo, c->attention_bias},
+        {"feed_forward.w1", c->hidden_dim, dim, &layer->w1, c->mlp_bias},
+        {"feed_forward.w3", c->hidden_dim, dim, &layer->w3, c->mlp_bias},
+        {"feed_forward.w2", dim, c->hidden_dim, &layer->w2, c->mlp_bias},
     };
     char name[64];
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
@@ -60,6 +65,8 @@ static int find_layer(const struct file *f, uint32_t n, struct layer *layer) {
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
         snprintf(name, sizeof name, "layers.%u.%s.weight", n, matrices[i].name);
         if (matrix(f, name, matrices[i].rows, matrices[i].columns, matrices[i].to)) return -1;
+        snprintf(name, sizeof name, "layers.%u.%s.bias", n, matrices[i].name);
+        if (matrices[i].bias && vector(f, name, matrices[i].rows, &matrices[i].to->bias)) return -1;
     }
     return 0;
 }

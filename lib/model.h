@@ -11,6 +11,7 @@ struct matrix {
     size_t strips;         // of TILE_ROWS rows, the last one padded
     size_t strip_bytes;
     const uint8_t *data;
+    const float *bias;     // (rows) added to each product; NULL where the model has none
 };
 
 struct layer {

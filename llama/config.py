@@ -44,6 +44,8 @@ class Config:
     rope_scaling: Rope = Rope.PLAIN
     rope_numbers: tuple[float, ...] = ()  # linear: factor; llama3: factor, low, high, original
     tied: bool = False
+    attention_bias: bool = False  # of wq, wk, wv and wo, all four
+    mlp_bias: bool = False  # of w1, w2 and w3
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -103,21 +105,26 @@ class Config:
 def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor that CONFIG requires, in file order: name -> (length,) or (rows, columns)."""
     dim, hidden = config.dim, config.hidden_dim
+    biased = ("attention",) * config.attention_bias + ("feed_forward",) * config.mlp_bias
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
     for n in range(config.n_layers):
         layer = f"layers.{n}."
-        shapes |= {
-            layer + "attention_norm.weight": (dim,),
-            layer + "attention.wq.weight": (q, dim),
-            layer + "attention.wk.weight": (kv, dim),
-            layer + "attention.wv.weight": (kv, dim),
-            layer + "attention.wo.weight": (dim, q),
-            layer + "ffn_norm.weight": (dim,),
-            layer + "feed_forward.w1.weight": (hidden, dim),
-            layer + "feed_forward.w3.weight": (hidden, dim),
-            layer + "feed_forward.w2.weight": (dim, hidden),
+        stems: dict[str, tuple[int, ...]] = {
+            "attention_norm": (dim,),
+            "attention.wq": (q, dim),
+            "attention.wk": (kv, dim),
+            "attention.wv": (kv, dim),
+            "attention.wo": (dim, q),
+            "ffn_norm": (dim,),
+            "feed_forward.w1": (hidden, dim),
+            "feed_forward.w3": (hidden, dim),
+            "feed_forward.w2": (dim, hidden),
         }
+        for stem, shape in stems.items():
+            shapes[f"{layer}{stem}.weight"] = shape
+            if stem.split(".")[0] in biased:
+                shapes[f"{layer}{stem}.bias"] = shape[:1]
     shapes["norm.weight"] = (dim,)
     if not config.tied:
         shapes["output.weight"] = (config.vocab_size, dim)

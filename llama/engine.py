@@ -132,7 +132,8 @@ class Model:
             n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
             max_seq_len=c.max_seq_len, norm_eps=c.norm_eps, rope_theta=c.rope_theta,
             rope_scaling=scaling, rope_numbers=tuple(c.rope_numbers)[: ROPE_COUNTS[scaling]],
-            tied=bool(c.tied), bos_id=None if c.bos_id < 0 else c.bos_id,
+            tied=bool(c.tied), attention_bias=bool(c.attention_bias),
+            mlp_bias=bool(c.mlp_bias), bos_id=None if c.bos_id < 0 else c.bos_id,
             eos_ids=tuple(c.eos_ids)[: c.n_eos],
             dtype=Kind(c.kind).label, file_bytes=c.file_bytes, weight_bytes=c.weight_bytes,
             step_bytes=c.weight_bytes - (0 if c.tied else table),  # tied: the output matrix too

@@ -292,10 +292,11 @@ class Writer:
         tokenizer_kind, tokenizer = self.tokenizer
         numbers = [*c.rope_numbers, *[0.0] * (8 - len(c.rope_numbers))]
         eos = [*c.eos_ids, *[0] * (MAX_EOS - len(c.eos_ids))]
+        flags = c.tied | c.attention_bias << 1 | c.mlp_bias << 2
         head = HEADER.pack(
             MAGIC, VERSION, 0, self.header_bytes, self.file_bytes, len(self.records),
             len(self._entries), meta_offset, len(self._meta), meta_offset + len(self._meta),
-            len(tokenizer), tokenizer_kind, int(c.tied), c.vocab_size, c.dim, c.hidden_dim,
+            len(tokenizer), tokenizer_kind, flags, c.vocab_size, c.dim, c.hidden_dim,
             c.head_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.max_seq_len, c.norm_eps,
             c.rope_theta, c.rope_scaling, *numbers, -1 if c.bos_id is None else c.bos_id,
             len(c.eos_ids), *eos,
@@ -392,8 +393,8 @@ def _parse(path: Path, data: Array) -> Bin:
         tokenizer_kind in set(TokenizerKind) and (tokenizer_kind == 0) == (tokenizer_bytes == 0),
         f"unknown tokenizer kind {tokenizer_kind} with {tokenizer_bytes} bytes",
     )
-    demand(flags in (0, 1), f"unknown flags {flags:#x}")
-    config = _unpack_config(path, head[13:], bool(flags))
+    demand(flags < 8, f"unknown flags {flags:#x}")
+    config = _unpack_config(path, head[13:], flags)
     records = _unpack_records(path, front, n_tensors, header_bytes, file_bytes)
     found = {name: record.shape for name, record in records.items()}
     for name, shape in expected_tensors(config).items():
@@ -405,7 +406,7 @@ def _parse(path: Path, data: Array) -> Bin:
     return Bin(path, config, (TokenizerKind(tokenizer_kind), tokenizer), meta, records, tensors)
 
 
-def _unpack_config(path: Path, values: tuple[Any, ...], tied: bool) -> Config:
+def _unpack_config(path: Path, values: tuple[Any, ...], flags: int) -> Config:
     (vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
      norm_eps, rope_theta, scaling) = values[:11]  # fmt: skip
     numbers, bos_id, n_eos, eos = values[11:19], values[19], values[20], values[21:29]
@@ -414,9 +415,9 @@ def _unpack_config(path: Path, values: tuple[Any, ...], tied: bool) -> Config:
     count = ROPE_COUNTS[Rope(scaling)]
     config = Config(
         vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
-        norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied,
-        None if bos_id == -1 else bos_id,
-        tuple(eos[:n_eos]),
+        norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied=bool(flags & 1),
+        attention_bias=bool(flags & 2), mlp_bias=bool(flags & 4),
+        bos_id=None if bos_id == -1 else bos_id, eos_ids=tuple(eos[:n_eos]),
     )  # fmt: skip
     try:
         config.check()

@@ -144,7 +144,8 @@ class Transformer:
     # --- what the steps are made of
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        return x @ self.weights[name + ".weight"].T  # (n, inputs) -> (n, outputs)
+        y = x @ self.weights[name + ".weight"].T  # (n, inputs) -> (n, outputs)
+        return y + self.weights.get(name + ".bias", 0)  # few models have one
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         """Each token's vector scaled to root mean square 1, then each element by its learned

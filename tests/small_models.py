@@ -51,18 +51,18 @@ def weights(shape: Config, dtype: str = "f32", seed: int = 0) -> dict[str, torch
 
 
 def to_hf_name(name: str) -> str:
-    parts = name.removesuffix(".weight").split(".")
+    *parts, last = name.split(".")
     if parts[0] != "layers":
-        return HF_REST[parts[0]] + ".weight"
-    return f"model.layers.{parts[1]}.{HF_LAYERS['.'.join(parts[2:])]}.weight"
+        return f"{HF_REST[parts[0]]}.{last}"
+    return f"model.layers.{parts[1]}.{HF_LAYERS['.'.join(parts[2:])]}.{last}"
 
 
 def to_hf(tensors: dict[str, torch.Tensor], shape: Config) -> dict[str, torch.Tensor]:
     """Hugging Face's names, and its order of wq's and wk's rows."""
     out = {}
     for name, tensor in tensors.items():
-        if name.endswith(("wq.weight", "wk.weight")):
-            heads = tensor.view(-1, shape.head_dim // 2, 2, tensor.shape[1])
+        if name.split(".")[-2] in ("wq", "wk"):
+            heads = tensor.view(-1, shape.head_dim // 2, 2, *tensor.shape[1:])
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
         out[to_hf_name(name)] = tensor.contiguous()
     return out
@@ -76,7 +76,8 @@ def hf_settings(shape: Config, **changes: Any) -> dict[str, Any]:
         "num_key_value_heads": shape.n_kv_heads, "head_dim": shape.head_dim,
         "vocab_size": shape.vocab_size, "max_position_embeddings": shape.max_seq_len,
         "rms_norm_eps": shape.norm_eps, "rope_theta": shape.rope_theta, "rope_scaling": None,
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": shape.tied, "attention_bias": shape.attention_bias,
+        "mlp_bias": shape.mlp_bias,
     }  # fmt: skip
     return settings | changes
 
@@ -185,8 +186,10 @@ def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, *
     with Writer(path, shape, records, **more) as writer:
         for record in records:
             values = rng.standard_normal(record.shape, np.float32)
-            vector = len(record.shape) == 1
-            values = 1 + values / 5 if vector else values / np.float32(record.columns**0.5)
+            if "norm" in record.name:
+                values = 1 + values / 5
+            elif len(record.shape) == 2:
+                values /= np.float32(record.columns**0.5)
             writer.write(record.name, values)
     return path
 
@@ -241,6 +244,9 @@ def transformers_llama(shape: Config, dtype: str = "f32", seed: int = 0) -> Any:
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.normal_(1.0, 0.2)
+            elif name.endswith(".bias"):
+                weight.normal_(0.0, 1.0)
+                weight.copy_(weight.to(DTYPES[dtype]))
             else:
                 weight.normal_(0.0, weight.shape[1] ** -0.5)
                 weight.copy_(weight.to(DTYPES[dtype]))

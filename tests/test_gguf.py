@@ -29,9 +29,9 @@ OURS_TO_GGUF = {ours: theirs for theirs, ours in NAMES.items()}
 def gguf_name(name: str) -> str:
     if name in OURS_TO_GGUF:
         return str(OURS_TO_GGUF[name])
-    _, n, *rest = name.removesuffix(".weight").split(".")
+    _, n, *rest, last = name.split(".")
     inverse = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
-    return f"blk.{n}.{inverse['.'.join(rest)]}.weight"
+    return f"blk.{n}.{inverse['.'.join(rest)]}.{last}"
 
 
 def write_gguf(
@@ -238,13 +238,31 @@ def test_other_models_are_refused(tmp_path: Path, data: Path) -> None:
         load(data / "tiny_hf/tiny_kquant.gguf")
     with pytest.raises(LlamaError, match="token_embd.weight is missing"):
         load(data / "vocab/ggml-vocab-llama-spm.gguf")
-    for name in ("blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "something"):
+    for name in ("blk.0.attn_q.scale", "blk.0.ffn_gate_inp.weight", "something"):
         write_gguf(tmp_path / "a.gguf", SHAPE, extra={name: np.zeros(64, np.float32)})
         with pytest.raises(LlamaError, match=f"{name}: a tensor that a plain Llama"):
             load(tmp_path / "a.gguf")
     write_gguf(tmp_path / "a.gguf", SHAPE, extra={"blk.7.attn_q.weight": np.zeros((4, 4), "f4")})
     with pytest.raises(LlamaError, match="blk.7.attn_q.weight: a tensor that"):
         load(tmp_path / "a.gguf")
+
+
+def test_biases_come_whole_or_not_at_all(tmp_path: Path) -> None:
+    shape = small_models.config(attention_bias=True, mlp_bias=True)
+    arrays = write_gguf(tmp_path / "a.gguf", shape)
+    found = export(tmp_path / "a.gguf", tmp_path / "a.bin")
+    assert found.config.attention_bias and found.config.mlp_bias
+    for name, array in arrays.items():
+        assert np.array_equal(found.tensors[name], array), name
+    for theirs, missing in (("attn_q", "attention.wk"), ("ffn_up", "feed_forward.w1")):
+        one = {f"blk.0.{theirs}.bias": np.zeros(24 if theirs == "attn_q" else 76, np.float32)}
+        write_gguf(tmp_path / "a.gguf", small_models.config(), extra=one)
+        with pytest.raises(LlamaError, match=f"layers.0.{missing}.bias is missing"):
+            load(tmp_path / "a.gguf")
+    for name in ("blk.0.attn_norm.bias", "blk.7.attn_q.bias"):
+        write_gguf(tmp_path / "a.gguf", shape, extra={name: np.zeros(24, np.float32)})
+        with pytest.raises(LlamaError, match=f"{name}: a tensor that a Llama of this shape"):
+            load(tmp_path / "a.gguf")
 
 
 def test_real_file(data: Path, tmp_path: Path) -> None:

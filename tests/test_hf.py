@@ -149,8 +149,9 @@ def test_rope_as_transformers_4_and_5_write_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"attention_bias": True}, "attention_bias = True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_bias": True}, "0.self_attn.q_proj.bias is missing, expected 24"),
+        ({"mlp_bias": True}, "0.mlp.gate_proj.bias is missing, expected 76"),
+        ({"mlp_bias": 1}, "mlp_bias: expected true or false, found 1"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM, found .*Mistral"),

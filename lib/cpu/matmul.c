@@ -64,6 +64,16 @@ static void products_range(void *context, size_t first, size_t last) {
     }
 }
 
+/* Rows [first, last) of each product get its bias, once the sums are whole. */
+static void bias_range(void *context, size_t first, size_t last) {
+    const struct products *p = context;
+    for (size_t i = 0; i < p->n; i++) {
+        const struct product *to = &p->list[i];
+        for (size_t t = first; t < last && to->matrix->bias; t++)
+            p->kernels->add(to->y + t * to->y_stride, to->matrix->bias, to->matrix->rows);
+    }
+}
+
 struct quantizing {
     const struct multiplier *by;
     const float *x;
@@ -98,10 +108,11 @@ void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stri
             size_t n_products, const struct product *list) {
     const size_t columns = list[0].matrix->columns;
     size_t strips = 0;
-    int quantised = 0;
+    int quantised = 0, biased = 0;
     for (size_t i = 0; i < n_products; i++) {
         strips += list[i].matrix->strips;
         quantised |= list[i].matrix->kind->columns > 1;
+        biased |= list[i].matrix->bias != NULL;
     }
     if (quantised) {
         struct quantizing z = {by, x, n, x_stride, columns};
@@ -115,4 +126,5 @@ void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stri
         .n = n_products,
     };
     pool_run(by->pool, strips, 2, products_range, &p);
+    if (biased) pool_run(by->pool, n, 4, bias_range, &p);
 }

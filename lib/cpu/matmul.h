@@ -26,7 +26,8 @@ struct product {
     size_t y_stride;
 };
 
-/* y = matrix x for each product, all of the same columns; x (n, x_stride), n <= MATMUL_ROWS. */
+/* y = matrix x + bias for each product, all of the same columns; x (n, x_stride),
+ * n <= MATMUL_ROWS. */
 void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stride,
             size_t n_products, const struct product *list);
 #endif

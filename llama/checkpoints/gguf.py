@@ -79,10 +79,10 @@ def load(path: Path, options: Options) -> Checkpoint:
 def _meta_name(path: Path, name: str) -> str:
     if name in NAMES:
         return NAMES[name]
-    layer = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.weight", name)
+    layer = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
     if layer is None or layer[2] not in LAYER_NAMES:
         raise LlamaError(f"{path}: {name}: a tensor that a plain Llama does not have")
-    return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
+    return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
 
 
 class _Fields:
@@ -145,9 +145,16 @@ def _config(
         rope_scaling=scaling,
         rope_numbers=numbers,
         tied="output.weight" not in tensors,
+        attention_bias=_any_bias(tensors, "attention"),
+        mlp_bias=_any_bias(tensors, "feed_forward"),
         bos_id=tokenizer.bos_id,
         eos_ids=tokenizer.eos_ids,
     )
+
+
+def _any_bias(tensors: dict[str, Tensor], group: str) -> bool:
+    """Whether a matrix of GROUP has one; then all must, as Checkpoint.check sees to."""
+    return any(re.fullmatch(rf"layers\.\d+\.{group}\.\w+\.bias", name) for name in tensors)
 
 
 def _rope(

@@ -36,13 +36,12 @@ LAYER_NAMES = {
     "mlp.down_proj": "feed_forward.w2",
 }
 BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+PAIRED = re.compile(r"layers\.\d+\.attention\.w[qk]\.(weight|bias)")
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 # Settings that change the numbers, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "partial_rotary_factor": (1,),
     "quantization_config": (),
     "sliding_window": (),
@@ -60,8 +59,8 @@ def load(path: Path, options: Options) -> Checkpoint:
     if config.tied:
         tensors.pop("output.weight", None)  # transformers puts the embedding in its place
     for name, tensor in tensors.items():
-        whole = len(tensor.shape) == 2 and tensor.shape[0] % config.head_dim == 0
-        if name.endswith(("attention.wq.weight", "attention.wk.weight")) and whole:
+        whole = len(tensor.shape) > 0 and tensor.shape[0] % config.head_dim == 0
+        if PAIRED.fullmatch(name) and whole:
             tensors[name] = Interleaved(tensor, config.head_dim)
     notes: list[str] = []
     tokenizer, meta = hf_tokenizer.load(path, settings, config.vocab_size, options, notes)
@@ -71,17 +70,18 @@ def load(path: Path, options: Options) -> Checkpoint:
     own = {ours: theirs for theirs, ours in NAMES.items()}
     for n in range(config.n_layers):
         for theirs, ours in LAYER_NAMES.items():
-            own[f"layers.{n}.{ours}.weight"] = f"model.layers.{n}.{theirs}.weight"
+            for part in ("weight", "bias"):
+                own[f"layers.{n}.{ours}.{part}"] = f"model.layers.{n}.{theirs}.{part}"
     return Checkpoint(path, "Hugging Face", config, tensors, tokenizer, meta, notes, own)
 
 
 def _meta_name(path: Path, name: str) -> str:
     if name in NAMES:
         return NAMES[name]
-    layer = re.fullmatch(r"model\.layers\.(\d{1,5})\.([\w.]+)\.weight", name)
+    layer = re.fullmatch(r"model\.layers\.(\d{1,5})\.([\w.]+)\.(weight|bias)", name)
     if layer is None or layer[2] not in LAYER_NAMES:
         raise LlamaError(f"{path}: {name[:80]}: a tensor that a plain Llama does not have")
-    return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
+    return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
 
 
 def _config(settings: Settings) -> Config:
@@ -112,6 +112,8 @@ def _config(settings: Settings) -> Config:
         rope_scaling=scaling,
         rope_numbers=numbers,
         tied=settings.flag("tie_word_embeddings", False),
+        attention_bias=settings.flag("attention_bias", False),
+        mlp_bias=settings.flag("mlp_bias", False),
     )
     try:
         config.check()
