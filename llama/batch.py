@@ -270,12 +270,18 @@ class Batches:
                 assert job.slot is not None
                 start = len(job.slot.tokens)
                 job.slot.tokens += job.ids[start : start + count]
-            chosen = [
-                (job, self.engine.sample(row, job.params, job.seen(), job.completion, len(job.ids)))
-                for row, job in enumerate(sampled)
-            ]
+            chosen = [(job, self._choose(row, job)) for row, job in enumerate(sampled)]
             self._count(plan, positions, time.perf_counter() - began)
         return chosen
+
+    def _choose(self, row: int, job: Job) -> int:
+        """The job's next token, from the logits kept in ROW."""
+        token = self.engine.sample(
+            row, job.params, job.seen(), job.completion, len(job.ids), job.said(), job.mu
+        )
+        if job.params.logprobs is not None:
+            job.note(token, *self.engine.logprobs(row, token, job.params.logprobs))
+        return token
 
     def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
         counters = self.counters

@@ -7,6 +7,7 @@ out to be the beginning of a stop string.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from llama.batch import Slot
 
 FinishReason = Literal["length", "stop", "eos", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model itself found a token, before temperature and every other knob."""
+
+    token_id: int
+    logprob: float  # natural logarithm, as in OpenAI's answers and transformers' log_softmax
+    top: dict[int, float]  # the likeliest tokens' ids and logprobs, likeliest first
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,12 @@ class Result:
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     seed: int | None  # the same seed gives the same text; None where greedy draws nothing
+    logprobs: list[TokenLogprob] | None = None  # of each of token_ids, where params ask for them
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' logprobs: the completion's own, given the prompt."""
+        return None if self.logprobs is None else sum(token.logprob for token in self.logprobs)
 
 
 class StopStrings:
@@ -75,6 +91,11 @@ class Job:
             )
         if params.stop and isinstance(tokenizer, NoTokenizer):
             raise LlamaError("stop strings need a tokenizer and this model file holds none")
+        if (params.logprobs or 0) > tokenizer.vocab_size:
+            raise LlamaError(
+                f"logprobs must be 0 to {tokenizer.vocab_size} (the vocabulary), found "
+                f"{params.logprobs}"
+            )
         self.ids = [tokenizer.check(token) for token in prompt]
         self.n_prompt = len(prompt)
         self.params = params.seeded()
@@ -87,8 +108,14 @@ class Job:
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
         self._stops = StopStrings(params.stop)
-        self._distinct = set(self.ids)
-        self._seen = list(self._distinct) if params.repetition_penalty != 1 else []
+        for token, _ in params.biases:
+            if token >= tokenizer.vocab_size:
+                raise LlamaError(
+                    f"logit_bias token id must be 0 to {tokenizer.vocab_size - 1}, found {token}"
+                )
+        self._seen = list(set(self.ids)) if params.repetition_penalty != 1 else []
+        self._logprobs: list[TokenLogprob] = []
+        self.mu = array("d", [2 * params.mirostat_tau])
         self._cached = 0
         self._began = self._first = self._last = 0.0
 
@@ -102,8 +129,17 @@ class Job:
         return self._limit - (len(self.ids) - self.n_prompt)
 
     def seen(self) -> list[int]:
-        """Each token so far, once, for the repetition penalty; empty where that is off."""
+        """What the penalties look at: the prompt's tokens, for repetition_penalty alone, then the
+        said() ones; empty where they are off."""
         return self._seen
+
+    def said(self) -> int:
+        """How many of seen() are the completion's own."""
+        return len(self.ids) - self.n_prompt if self._seen else 0
+
+    def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        """The logprobs of the token that push() takes next."""
+        self._logprobs.append(TokenLogprob(token, logprob, top))
 
     def push(self, token: int) -> str:
         """Takes the next sampled token; returns the text that is now certain."""
@@ -111,8 +147,7 @@ class Job:
         if len(self.ids) == self.n_prompt:
             self._first = self._last
         self.ids.append(token)
-        if self.params.repetition_penalty != 1 and token not in self._distinct:
-            self._distinct.add(token)
+        if self.params.looks_back:
             self._seen.append(token)
         if token in self._stop_ids:
             return self.end("eos")
@@ -132,6 +167,7 @@ class Job:
             prompt_tokens=self.n_prompt, cached_tokens=self._cached,
             prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
             seed=self.params.seed if self.params.temperature else None,
+            logprobs=None if self.params.logprobs is None else self._logprobs,
         )  # fmt: skip
         return text
 
