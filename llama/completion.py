@@ -35,7 +35,7 @@ class TokenLogprob:
 class Result:
     """A finished completion."""
 
-    text: str  # without control tokens and without the stop string
+    text: str  # without control tokens and without the stop string; with echo behind the prompt
     token_ids: list[int]  # as sampled, the end token included
     # "length": max_tokens or the context's end; "stop": a stop string; "eos": the model ended;
     # "cancelled": Stream.cancel()
@@ -45,7 +45,9 @@ class Result:
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     seed: int | None  # the same seed gives the same text; None where greedy draws nothing
-    logprobs: list[TokenLogprob] | None = None  # of each of token_ids, where params ask for them
+    # of each of token_ids, where params ask for them or best_of needs them
+    logprobs: list[TokenLogprob] | None = None
+    completion: int = 0  # its number among those of one prompt; it keys the random numbers
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -79,10 +81,11 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
-        stop_ids: Collection[int], max_seq_len: int, fresh: bool, completion: int = 0,
+        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
-        continues the prompt's. COMPLETION is the number that keys the random numbers."""
+        continues the prompt's. ECHO stands before its text."""
+        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo)
         if not prompt:
             raise LlamaError("the prompt is empty and this model has no begin token")
         if len(prompt) > max_seq_len:
@@ -99,11 +102,13 @@ class Job:
         self.ids = [tokenizer.check(token) for token in prompt]
         self.n_prompt = len(prompt)
         self.params = params.seeded()
-        self.completion = completion
+        self.completion = 0  # the number that keys the random numbers
+        self.leader: Job | None = None  # the first of those that share this prompt
         self.slot: Slot | None = None
         self.cancelled = False
         self.text = ""
         self.result: Result | None = None
+        self._echo = echo
         self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
@@ -118,6 +123,12 @@ class Job:
         self.mu = array("d", [2 * params.mirostat_tau])
         self._cached = 0
         self._began = self._first = self._last = 0.0
+
+    def twin(self, completion: int) -> Job:
+        """Another completion of the same prompt; for one that has not begun."""
+        twin = Job(self.ids, self.params, *self._world)
+        twin.completion, twin.leader = completion, self
+        return twin
 
     def start(self, cached: int) -> None:
         """The prompt's computation begins; its first CACHED tokens are known."""
@@ -151,16 +162,14 @@ class Job:
             self._seen.append(token)
         if token in self._stop_ids:
             return self.end("eos")
-        text = self._stops.feed(self._decoder.feed(token))
-        self.text += text
+        text = self._certain(self._decoder.feed(token))
         if self._stops.hit:
             return text + self.end("stop")
         return text + self.end("length") if self.room() < 1 else text
 
     def end(self, reason: FinishReason) -> str:
         """Ends the completion; returns the text that was held back."""
-        text = self._stops.feed(self._decoder.finish(), last=True)
-        self.text += text
+        text = self._certain(self._decoder.finish(), last=True)
         self.result = Result(
             text=self.text, token_ids=self.ids[self.n_prompt :],
             finish_reason="stop" if self._stops.hit else reason,
@@ -168,7 +177,15 @@ class Job:
             prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
             seed=self.params.seed if self.params.temperature else None,
             logprobs=None if self.params.logprobs is None else self._logprobs,
+            completion=self.completion,
         )  # fmt: skip
+        return text
+
+    def _certain(self, text: str, last: bool = False) -> str:
+        """What of TEXT can be let go, behind the echo; it is part of the job's text now."""
+        text = self._echo + self._stops.feed(text, last)
+        self._echo = ""
+        self.text += text
         return text
 
 

@@ -95,14 +95,14 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             put(name, _number(name, getattr(self, name), "-2 to 2", -2.0, 2.0))
         put("logit_bias", _biases("logit_bias", self.logit_bias))
-        put("top_k", _integer("top_k", self.top_k, 0, 2**31 - 1))
+        put("top_k", whole_number("top_k", self.top_k, 0, 2**31 - 1))
         if self.seed is not None:
-            put("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+            put("seed", whole_number("seed", self.seed, 0, 2**64 - 1))
         if self.max_tokens is not None:
-            put("max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+            put("max_tokens", whole_number("max_tokens", self.max_tokens, 1, 2**31 - 1))
         put("stop", _strings("stop", self.stop))
         if self.logprobs is not None:
-            put("logprobs", _integer("logprobs", self.logprobs, 0, 2**31 - 1))
+            put("logprobs", whole_number("logprobs", self.logprobs, 0, 2**31 - 1))
 
     @property
     def looks_back(self) -> bool:
@@ -147,7 +147,8 @@ def _number(
     return number
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """VALUE as an int; LlamaError with its NAME if it is none from LOW to HIGH."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -169,7 +170,7 @@ def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     for key, bias in pairs.items():
         token = int(key) if isinstance(key, str) and key.isdecimal() else key
         banned = isinstance(bias, numbers.Real) and float(bias) == -math.inf
-        biases[_integer(f"{name} token id", token, 0, 2**31 - 1)] = (
+        biases[whole_number(f"{name} token id", token, 0, 2**31 - 1)] = (
             -math.inf if banned
             else _number(f"{name} of token {token}", bias, "a number or -infinity", -FLOAT32_MAX)
         )  # fmt: skip
