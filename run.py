@@ -23,6 +23,19 @@ def main() -> int:
         help='complete many together: a line is "text" or {"prompt": "text", "max_tokens": 8, ...} '
         "and gives a line of JSON, in order; - is stdin",
     )  # fmt: skip
+    parser.add_argument(
+        "--n", type=int, metavar="N",
+        help="so many completions, each ended by a newline; the prompt is read once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--best-of", type=int, metavar="N",
+        help="make so many and print the --n (1) with the largest sum of logprobs, best first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N",
+        help="each token's logprob and those of the N likeliest: on stderr, or with --prompts in "
+        "the lines",
+    )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
     args = parser.parse_args()

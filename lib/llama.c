@@ -334,29 +334,56 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
 // ---- sampling
 
 int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
-                        const int32_t *seen, size_t n_seen, uint64_t completion,
+                        const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
                         uint64_t position, int32_t *token) {
     if (!logits || !sampling || !token || (n_seen && !seen))
         return fail("llama_sample: an argument is NULL");
     if (vocab_size < 1 || vocab_size > 1 << 24)
         return fail("%zu logits, expected 1 to %d", vocab_size, 1 << 24);
     if (sampling_check(sampling)) return -1;
+    if (n_said > n_seen) return fail("%zu tokens said, of %zu seen", n_said, n_seen);
     for (size_t i = 0; i < n_seen; i++)
         if (seen[i] < 0 || (size_t)seen[i] >= vocab_size)
             return fail("seen token id %d, expected 0 to %zu", seen[i], vocab_size - 1);
-    return sampler_pick(logits, vocab_size, sampling, seen, n_seen, completion, position, token);
+    for (size_t i = 0; i < sampling->n_bias; i++)
+        if (sampling->bias_tokens[i] < 0 || (size_t)sampling->bias_tokens[i] >= vocab_size)
+            return fail("logit_bias token id %d, expected 0 to %zu", sampling->bias_tokens[i],
+                        vocab_size - 1);
+    return sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said,
+                        sampler_random(sampling->seed, completion, position), token);
+}
+
+/* The logits that the last forward kept for row ROW, or NULL with the reason. */
+static const float *kept_row(const llama_session *s, size_t row) {
+    if (row < s->n_kept) return s->kept + row * s->model->model.config.vocab_size;
+    fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
+    return NULL;
 }
 
 int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
-                 const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
-                 int32_t *token) {
+                 const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
+                 uint64_t position, int32_t *token) {
     if (!s) return fail("llama_sample: session is NULL");
     pthread_mutex_lock(&s->lock);
+    const float *logits = kept_row(s, row);
+    int rc = logits ? llama_sample_logits(logits, s->model->model.config.vocab_size, sampling, seen,
+                                          n_seen, n_said, completion, position, token)
+                    : -1;
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob, size_t n,
+                   int32_t *ids, double *top) {
+    if (!s || !logprob || (n && (!ids || !top)))
+        return fail("llama_logprobs: an argument is NULL");
     const size_t vocab_size = s->model->model.config.vocab_size;
-    int rc = row < s->n_kept
-                 ? llama_sample_logits(s->kept + row * vocab_size, vocab_size, sampling, seen,
-                                       n_seen, completion, position, token)
-                 : fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
+    if (token < 0 || (size_t)token >= vocab_size || n > vocab_size)
+        return fail("logprobs of token id %d and %zu others, expected below %zu", token, n,
+                    vocab_size);
+    pthread_mutex_lock(&s->lock);
+    const float *logits = kept_row(s, row);
+    int rc = logits ? sampler_logprobs(logits, vocab_size, token, logprob, n, ids, top) : -1;
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

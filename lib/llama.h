@@ -175,27 +175,47 @@ int llama_trim(llama_session *session, int32_t sequence, uint32_t length);
 /* Makes TO a copy of the first LENGTH positions of FROM, sharing pages; TO must differ. */
 int llama_fork(llama_session *session, int32_t from, int32_t to, uint32_t length);
 
-/* How logits become a token, applied in the order of the fields, as transformers does. */
+/* How logits become a token, applied in the order of the fields: transformers' order, with the
+ * two penalties that it lacks next to the one it has. */
 typedef struct {
+    const int32_t *bias_tokens; // (n_bias) logit_bias: ids, and what is added to their logits;
+    const float *bias_values;   // (n_bias) -infinity bans a token
+    size_t n_bias;
     float repetition_penalty; // > 0; 1: off. Divides positive logits of tokens already seen,
                               // multiplies negative ones (arXiv:1909.05858, section 4.1)
+    float presence_penalty;   // [-2, 2]: taken once from each token that the completion holds,
+    float frequency_penalty;  // [-2, 2]: and this for each time that it holds it (OpenAI); 0: off
     float temperature;        // >= 0; 0: take the largest logit, the first of equals
     int32_t top_k;            // keep the K largest, ties with the K-th included; 0: off
     float top_p;              // (0, 1]: keep the fewest whose probabilities reach P; 1: off
     float min_p;              // [0, 1]: keep those of at least P times the largest; 0: off
+    float typical_p;          // (0, 1]: keep those whose surprise is nearest the entropy, till
+                              // their probabilities reach P (arXiv:2202.00666); 1: off
+    float mirostat_tau;       // >= 0; above 0: instead of the four filters before, keep tokens of
+                              // at most *mirostat_mu bits of surprise (arXiv:2007.14966, its
+                              // second version) and then move it, so that the mean comes to TAU
+    float mirostat_eta;       // >= 0: how far: mu -= eta * (surprise of the chosen - tau)
+    double *mirostat_mu;      // the caller's, one for each completion; begins at 2 * TAU
     uint64_t seed;
 } llama_sampling;
 
 /* Chooses a token from row ROW (counting rows that wanted logits) of the last llama_forward, or
- * from LOGITS (vocab_size, 1 to 2^24). SEEN are the tokens so far, for the penalty; NULL, 0 is
- * allowed. The random number depends only on (seed, completion, position). Logits that are not
- * finite where it matters (NaN, +infinity, or all -infinity) are an error. */
+ * from LOGITS (vocab_size, 1 to 2^24). SEEN are the tokens so far, for the penalties: the last
+ * N_SAID of them the completion's own, each as often as it was said; NULL, 0, 0 is allowed. The
+ * random number depends only on (seed, completion, position). Logits that are not finite where it
+ * matters (NaN, +infinity, or all -infinity) are an error. */
 int llama_sample(llama_session *session, size_t row, const llama_sampling *sampling,
-                 const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
-                 int32_t *token);
+                 const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
+                 uint64_t position, int32_t *token);
 int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
-                        const int32_t *seen, size_t n_seen, uint64_t completion,
+                        const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
                         uint64_t position, int32_t *token);
+
+/* Log-probabilities (natural) that the model itself gives in row ROW of the last llama_forward,
+ * before any of llama_sampling: TOKEN's in LOGPROB, and the N likeliest tokens, likeliest first,
+ * of equals the smaller id, in IDS (n) and TOP (n); NULL where N is 0. */
+int llama_logprobs(llama_session *session, size_t row, int32_t token, double *logprob, size_t n,
+                   int32_t *ids, double *top);
 
 /* Reads a buffer of BYTES (0: 256 MiB, larger than caches) with THREADS threads, as for a session,
  * a few times, and gives the best rate in bytes a second: the limit that decoding is measured

@@ -1,4 +1,5 @@
-/* sampler.c: penalty, temperature, top-k, top-p, min-p, then one draw, in transformers' order.
+/* sampler.c: bias, penalties, temperature, top-k, top-p, min-p, typical-p (or mirostat in place of
+ * these four), then one draw, in transformers' order; and the logits as log-probabilities.
  *
  * Candidates are kept as a heap with the likeliest on top, so that a filter costs as much as it
  * keeps, and a vocabulary of 128 thousand is never sorted. */
@@ -6,6 +7,7 @@
 #include "error.h"
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct candidate {
     float logit;
@@ -25,8 +27,17 @@ double sampler_random(uint64_t seed, uint64_t completion, uint64_t position) {
 }
 
 int sampling_check(const llama_sampling *s) {
+    if (s->n_bias && (!s->bias_tokens || !s->bias_values)) return fail("logit_bias is NULL");
+    for (size_t i = 0; i < s->n_bias; i++)
+        if (isnan(s->bias_values[i]) || s->bias_values[i] == INFINITY)
+            return fail("logit_bias of token %d is %g, expected a number or -infinity",
+                        s->bias_tokens[i], (double)s->bias_values[i]);
     if (!(s->repetition_penalty > 0 && isfinite(s->repetition_penalty)))
         return fail("repetition_penalty is %g, expected above 0", (double)s->repetition_penalty);
+    if (!(fabsf(s->presence_penalty) <= 2))
+        return fail("presence_penalty is %g, expected -2 to 2", (double)s->presence_penalty);
+    if (!(fabsf(s->frequency_penalty) <= 2))
+        return fail("frequency_penalty is %g, expected -2 to 2", (double)s->frequency_penalty);
     if (!(s->temperature >= 0 && isfinite(s->temperature)))
         return fail("temperature is %g, expected 0 or more", (double)s->temperature);
     if (s->top_k < 0) return fail("top_k is %d, expected 0 (off) or more", s->top_k);
@@ -34,6 +45,15 @@ int sampling_check(const llama_sampling *s) {
         return fail("top_p is %g, expected above 0, to 1", (double)s->top_p);
     if (!(s->min_p >= 0 && s->min_p <= 1))
         return fail("min_p is %g, expected 0 to 1", (double)s->min_p);
+    if (!(s->typical_p > 0 && s->typical_p <= 1))
+        return fail("typical_p is %g, expected above 0, to 1", (double)s->typical_p);
+    if (!(s->mirostat_tau >= 0 && isfinite(s->mirostat_tau)))
+        return fail("mirostat_tau is %g, expected 0 (off) or more", (double)s->mirostat_tau);
+    if (!(s->mirostat_eta >= 0 && isfinite(s->mirostat_eta)))
+        return fail("mirostat_eta is %g, expected 0 or more", (double)s->mirostat_eta);
+    if (s->mirostat_tau > 0 && (!s->mirostat_mu || !isfinite(*s->mirostat_mu)))
+        return fail("mirostat_tau is %g and there is no finite mirostat_mu",
+                    (double)s->mirostat_tau);
     return 0;
 }
 
@@ -69,17 +89,24 @@ static struct candidate nth(struct ranking *r, size_t i) {
     return r->c[r->n - 1 - i];
 }
 
-/* Penalises the logits of tokens seen, each once however often it was seen. */
-static int penalise(struct candidate *c, size_t n, float penalty, const int32_t *seen,
-                    size_t n_seen) {
-    if (penalty == 1 || !n_seen) return 0;
+/* repetition_penalty goes by whether a token was seen, the other two by how often it was said. */
+static int penalise(struct candidate *c, size_t n, const llama_sampling *s, const int32_t *seen,
+                    size_t n_seen, size_t n_said) {
+    const int talks = s->presence_penalty != 0 || s->frequency_penalty != 0;
+    if (!n_seen || (s->repetition_penalty == 1 && !talks)) return 0;
     unsigned char *done = calloc(n, 1);
     if (!done) return fail("out of memory for sampling");
     for (size_t i = 0; i < n_seen; i++) {
-        if (done[seen[i]]) continue;
         float *logit = &c[seen[i]].logit;
-        *logit = *logit < 0 ? *logit * penalty : *logit / penalty;
+        if (!done[seen[i]])
+            *logit = *logit < 0 ? *logit * s->repetition_penalty : *logit / s->repetition_penalty;
         done[seen[i]] = 1;
+    }
+    for (size_t i = n_seen - n_said; talks && i < n_seen; i++) {
+        float *logit = &c[seen[i]].logit;
+        if (done[seen[i]] == 1) *logit -= s->presence_penalty;
+        *logit -= s->frequency_penalty;
+        done[seen[i]] = 2;
     }
     free(done);
     return 0;
@@ -87,13 +114,8 @@ static int penalise(struct candidate *c, size_t n, float penalty, const int32_t 
 
 static double weight(struct candidate c) { return exp((double)c.logit); }
 
-static int by_id(const void *a, const void *b) {
-    int32_t x = ((const struct candidate *)a)->id, y = ((const struct candidate *)b)->id;
-    return (x > y) - (x < y);
-}
-
-/* How many of the likeliest the filters leave: they are the last ones of the array, in rising id.
- * Logits are relative to the largest, so a weight is a share of the largest probability. */
+/* How many of the likeliest the filters leave: they are the last ones of the array. Logits are
+ * relative to the largest, so a weight is a share of the largest probability. */
 static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
     struct ranking r = {c, n, n};
     size_t most = n, kept = 0;
@@ -107,27 +129,75 @@ static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
     } else {
         for (size_t i = 0; i < n; i++) total += weight(c[i]);
     }
-    if (s->top_p == 1 && s->min_p == 0) kept = most;
+    if (s->top_p == 1 && s->min_p == 0) return most;
     for (; kept < most; kept++) {
         const double w = weight(nth(&r, kept));
         if (kept && (sum >= (double)s->top_p * total || w < (double)s->min_p)) break;
         sum += w;
     }
-    qsort(c + n - kept, kept, sizeof *c, by_id);
     return kept;
 }
 
+/* typical_p: how many of the N kept remain; they move to the front. A token counts as typical as
+ * its surprise, -ln p, is near the mean surprise, the entropy; ties with the last one stay. */
+static int64_t typical(struct candidate *c, size_t n, double typical_p) {
+    struct candidate *near = malloc(2 * n * sizeof *near), *left = near + n;
+    if (!near) return fail("out of memory for sampling");
+    double total = 0, mean = 0, sum = 0;
+    for (size_t i = 0; i < n; i++) total += weight(c[i]);
+    for (size_t i = 0; i < n; i++)
+        if (c[i].logit > -INFINITY) mean += weight(c[i]) / total * (double)c[i].logit;
+    for (size_t i = 0; i < n; i++) // both surprises less ln(total)
+        near[i] = (struct candidate){(float)-fabs(mean - (double)c[i].logit), (int32_t)i};
+    struct ranking r = {near, n, n};
+    size_t kept = 0;
+    for (size_t i = n / 2; i-- > 0;) sift_down(near, n, i);
+    for (; kept < n; kept++) {
+        const struct candidate next = nth(&r, kept);
+        if (sum >= typical_p * total && next.logit < nth(&r, kept - 1).logit) break;
+        sum += weight(c[next.id]);
+    }
+    for (size_t i = 0; i < kept; i++) left[i] = c[nth(&r, i).id];
+    memcpy(c, left, kept * sizeof *c);
+    free(near);
+    return (int64_t)kept;
+}
+
+static int by_id(const void *a, const void *b) {
+    int32_t x = ((const struct candidate *)a)->id, y = ((const struct candidate *)b)->id;
+    return (x > y) - (x < y);
+}
+
 /* The token at which the running sum of weights, in rising id, passes RANDOM of the total. */
-static int32_t draw(const struct candidate *kept, size_t n, double random) {
+static struct candidate draw(struct candidate *kept, size_t n, double random) {
     double total = 0, sum = 0;
-    int32_t id = kept[0].id;
+    struct candidate chosen = kept[0];
+    size_t in_order = 1;
+    while (in_order < n && kept[in_order - 1].id < kept[in_order].id) in_order++;
+    if (in_order < n) qsort(kept, n, sizeof *kept, by_id);
     for (size_t i = 0; i < n; i++) total += weight(kept[i]);
     for (size_t i = 0; i < n && sum <= random * total; i++) {
         const double w = weight(kept[i]);
-        if (w > 0) id = kept[i].id;
+        if (w > 0) chosen = kept[i];
         sum += w;
     }
-    return id;
+    return chosen;
+}
+
+/* Mirostat 2: draws from the tokens of at most *mu bits of surprise, or from the likeliest where
+ * none is, and moves mu by how far the chosen one's surprise is from tau. Surprise is that of the
+ * whole distribution, as in the paper's equations, not of what was kept. */
+static int32_t mirostat(struct candidate *c, size_t n, const llama_sampling *s, double random) {
+    double total = 0;
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) total += weight(c[i]);
+    const double bits = log2(total), most = fmax(*s->mirostat_mu, bits); // the likeliest's own
+    for (size_t i = 0; i < n; i++)
+        if (bits - (double)c[i].logit / M_LN2 <= most) c[kept++] = c[i];
+    const struct candidate chosen = draw(c, kept, random);
+    const double surprise = bits - (double)chosen.logit / M_LN2;
+    *s->mirostat_mu -= (double)s->mirostat_eta * (surprise - (double)s->mirostat_tau);
+    return chosen.id;
 }
 
 /* The largest logit's index, the first of equals; -1 with the reason if there is none. */
@@ -143,22 +213,56 @@ static int64_t largest(const struct candidate *c, size_t n) {
     return best < 0 ? fail("every logit is -infinity: nothing to choose") : best;
 }
 
-int sampler_pick(const float *logits, size_t vocab_size, const llama_sampling *s,
-                 const int32_t *seen, size_t n_seen, uint64_t completion, uint64_t position,
-                 int32_t *token) {
-    struct candidate *c = malloc(vocab_size * sizeof *c);
-    if (!c) return fail("out of memory for sampling from %zu logits", vocab_size);
-    for (size_t i = 0; i < vocab_size; i++) c[i] = (struct candidate){logits[i], (int32_t)i};
-    int rc = penalise(c, vocab_size, s->repetition_penalty, seen, n_seen);
-    int64_t best = rc ? -1 : largest(c, vocab_size);
+static struct candidate *candidates(const float *logits, size_t n) {
+    struct candidate *c = malloc(n * sizeof *c);
+    if (!c) return fail("out of memory for sampling from %zu logits", n), NULL;
+    for (size_t i = 0; i < n; i++) c[i] = (struct candidate){logits[i], (int32_t)i};
+    return c;
+}
+
+int sampler_pick(const float *logits, size_t n, const llama_sampling *s, const int32_t *seen,
+                 size_t n_seen, size_t n_said, double random, int32_t *token) {
+    struct candidate *c = candidates(logits, n);
+    if (!c) return -1;
+    for (size_t i = 0; i < s->n_bias; i++) c[s->bias_tokens[i]].logit += s->bias_values[i];
+    int rc = penalise(c, n, s, seen, n_seen, n_said);
+    const int64_t best = rc ? -1 : largest(c, n);
     if (best < 0) return free(c), -1;
-    *token = (int32_t)best;
     if (s->temperature > 0) {
         const float top = c[best].logit;
-        for (size_t i = 0; i < vocab_size; i++) c[i].logit = (c[i].logit - top) / s->temperature;
-        const size_t kept = filter(c, vocab_size, s);
-        *token = draw(c + vocab_size - kept, kept,
-                      sampler_random(s->seed, completion, position));
+        for (size_t i = 0; i < n; i++) c[i].logit = (c[i].logit - top) / s->temperature;
+    }
+    if (s->temperature == 0) {
+        *token = (int32_t)best;
+    } else if (s->mirostat_tau > 0) {
+        *token = mirostat(c, n, s, random);
+    } else {
+        int64_t kept = (int64_t)filter(c, n, s);
+        struct candidate *first = c + n - (size_t)kept;
+        if (s->typical_p < 1) kept = typical(first, (size_t)kept, (double)s->typical_p);
+        rc = kept < 0 ? -1 : 0;
+        if (!rc) *token = draw(first, (size_t)kept, random).id;
+    }
+    free(c);
+    return rc;
+}
+
+int sampler_logprobs(const float *logits, size_t vocab_size, int32_t token, double *logprob,
+                     size_t n, int32_t *ids, double *top) {
+    struct candidate *c = candidates(logits, vocab_size);
+    const int64_t best = c ? largest(c, vocab_size) : -1;
+    if (best < 0) return free(c), -1;
+    double total = 0;
+    const double most = (double)logits[best];
+    for (size_t i = 0; i < vocab_size; i++) total += exp((double)logits[i] - most);
+    const double whole = most + log(total);
+    struct ranking r = {c, vocab_size, vocab_size};
+    *logprob = (double)logits[token] - whole;
+    for (size_t i = vocab_size / 2; n && i-- > 0;) sift_down(c, vocab_size, i);
+    for (size_t i = 0; i < n; i++) {
+        const struct candidate next = nth(&r, i);
+        ids[i] = next.id;
+        top[i] = (double)next.logit - whole;
     }
     free(c);
     return 0;

@@ -105,11 +105,12 @@ class Slots:
         with self._lock:
             return self._longest(prompt)
 
-    def take(self, prompt: Sequence[int], reuse: bool = True) -> Slot:
-        """A sequence that holds as much of PROMPT's beginning as any does."""
+    def take(self, prompt: Sequence[int], reuse: bool = True, whole: bool = False) -> Slot:
+        """A sequence that holds as much of PROMPT's beginning as any does; WHOLE: even all of it,
+        for one whose logits are known."""
         with self._lock:
             self._collect()
-            n, best = self._longest(prompt) if reuse else (0, None)
+            n, best = self._longest(prompt, whole) if reuse else (0, None)
             if best is not None and best in self._idle and n == len(best.tokens):
                 self._idle.remove(best)  # it would be continued: nothing is lost
                 slot = best
@@ -152,10 +153,10 @@ class Slots:
             ):
                 held -= len(self._forget(slot).tokens)
 
-    def _longest(self, prompt: Sequence[int]) -> tuple[int, Slot | None]:
+    def _longest(self, prompt: Sequence[int], whole: bool = False) -> tuple[int, Slot | None]:
         best, found = 0, None
         for slot in [*self._idle, *self._busy]:
-            n = common_prefix(slot.tokens, prompt, len(prompt) - 1)
+            n = common_prefix(slot.tokens, prompt, len(prompt) - (not whole))
             if n > best:
                 best, found = n, slot
         return best, found
@@ -206,7 +207,7 @@ class Batches:
                     self._release(job)
                     yield job, job.end("cancelled" if job.cancelled else "length")
                 self._admit(waiting, active)
-                for job, token in self._step(active) if active else ():
+                for job, token in self._step(active, waiting) if active else ():
                     text = job.push(token)
                     if job.result is not None:
                         active.remove(job)
@@ -228,7 +229,8 @@ class Batches:
             known, _ = self.slots.longest(prompt)
             if any(
                 job.slot is not None and len(job.slot.tokens) < job.n_prompt
-                and common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE
+                and (job is waiting[0].leader
+                     or common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE)
                 for job in active
             ):  # fmt: skip
                 return  # the same beginning is being read right now: it will be forked
@@ -237,7 +239,19 @@ class Batches:
             job.start(cached=len(job.slot.tokens))
             active.append(waiting.popleft())
 
-    def _step(self, active: list[Job]) -> list[tuple[Job, int]]:
+    def _join(self, leader: Job, waiting: deque[Job], active: list[Job]) -> list[Job]:
+        """The waiting completions of LEADER's prompt, which was read this moment: they begin with
+        its logits, and nothing of the prompt is computed for them."""
+        joined: list[Job] = []
+        while waiting and waiting[0].leader is leader and len(active) < MAX_ACTIVE:
+            job = waiting[0]
+            job.slot = self.slots.take(job.ids, whole=True)
+            job.start(cached=job.n_prompt)
+            active.append(waiting.popleft())
+            joined.append(job)
+        return joined
+
+    def _step(self, active: list[Job], waiting: deque[Job]) -> list[tuple[Job, int]]:
         """One forward pass; the jobs whose next token it gave, and those tokens."""
         plan: list[tuple[Job, int]] = []  # and how many tokens of each
         room = self._chunk - len(active)  # a place for each; the rest for prompts, first come
@@ -270,12 +284,22 @@ class Batches:
                 assert job.slot is not None
                 start = len(job.slot.tokens)
                 job.slot.tokens += job.ids[start : start + count]
-            chosen = [
-                (job, self.engine.sample(row, job.params, job.seen(), job.completion, len(job.ids)))
-                for row, job in enumerate(sampled)
-            ]
+            chosen = []
+            for row, job in enumerate(sampled):
+                first = len(job.ids) == job.n_prompt
+                for one in [job, *(self._join(job, waiting, active) if first else ())]:
+                    chosen.append((one, self._choose(row, one)))
             self._count(plan, positions, time.perf_counter() - began)
         return chosen
+
+    def _choose(self, row: int, job: Job) -> int:
+        """The job's next token, from the logits kept in ROW."""
+        token = self.engine.sample(
+            row, job.params, job.seen(), job.completion, len(job.ids), job.said(), job.mu
+        )
+        if job.params.logprobs is not None:
+            job.note(token, *self.engine.logprobs(row, token, job.params.logprobs))
+        return token
 
     def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
         counters = self.counters

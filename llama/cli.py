@@ -27,7 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 40, "top_p": 1.0},
     "top_p": {"top_k": 0, "top_p": 0.9},
 }
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "mirostat", "seed")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +77,28 @@ def add_sampling_flags(parser: Parser, max_tokens: int) -> None:
         "--repetition_penalty", type=float, metavar="R",
         help="above 1 makes tokens that occurred less likely (default: 1, off)",
     )  # fmt: skip
+    group.add_argument(
+        "--presence_penalty", type=float, metavar="R",
+        help="-2 to 2, taken from the logits of tokens in the completion (default: 0, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--frequency_penalty", type=float, metavar="R",
+        help="-2 to 2, the same for each time they occurred (default: 0, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--logit_bias", action="append", default=[], metavar="ID=BIAS",
+        help="add to a token's logit; -inf bans it; may be given several times",
+    )  # fmt: skip
+    group.add_argument(
+        "--typical_p", type=float, metavar="P",
+        help="keep the tokens nearest the expected surprise that together have probability P "
+        "(default: 1, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mirostat", metavar="TAU[,ETA]",
+        help="Mirostat 2: TAU bits of surprise on average, 5 is usual, adapting at rate ETA (0.1); "
+        "top_k, top_p, min_p and typical_p are idle then (default: off)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, help="the same seed gives the same text")
     group.add_argument(
         "--max_tokens", type=int, default=max_tokens, metavar="N",
@@ -116,15 +139,42 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
     knobs = dict(METHODS[args.type])
     given = {
         name: value
-        for name in (*DRAWING, "repetition_penalty", "max_tokens")
-        if (value := getattr(args, name)) is not None
+        for name in (*DRAWING, *PENALTIES, "max_tokens", "logprobs")
+        if (value := getattr(args, name, None)) is not None
     }
-    params_from(given)  # refuses a bad value even where the method overrules it
+    # refuses a bad value even where the method overrules it
+    params_from(_mirostat(dict(given)))
     if args.type == "greedy":
         idle = [name for name in DRAWING if name != "seed" and given.pop(name, 0)]
         if idle:
             say(f"note: --type greedy makes --{', --'.join(idle)} idle")
-    return params_from({**knobs, **given, "stop": tuple(args.stop)})
+    knobs |= _mirostat(given)
+    return params_from({**knobs, "logit_bias": _biases(args.logit_bias), "stop": tuple(args.stop)})
+
+
+def _mirostat(given: dict[str, Any]) -> dict[str, Any]:
+    """GIVEN with --mirostat's TAU[,ETA] as the two parameters that it is."""
+    text = given.pop("mirostat", None)
+    if text is None:
+        return given
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise LlamaError(f"--mirostat must be TAU or TAU,ETA, found {text!r}")
+    return given | dict(zip(("mirostat_tau", "mirostat_eta"), numbers, strict=False))
+
+
+def _biases(words: Sequence[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for word in words:
+        token, _, bias = word.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise LlamaError(f"--logit_bias must be ID=BIAS, found {word!r}") from None
+    return biases
 
 
 def open_model(args: argparse.Namespace, template: str | None = None) -> Any:

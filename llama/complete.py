@@ -33,7 +33,10 @@ def complete(args: Namespace) -> int:
         # a pipe's text ends with the newline that ended its last line
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with open_model(args) as llm:
-        _one(llm, prompt, params, args)
+        if args.n is None and args.best_of is None:
+            _one(llm, prompt, params, args)
+        else:
+            _several(llm, prompt, params, args)
     return 0
 
 
@@ -54,27 +57,57 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
     finally:
         out.write("\n")
         out.flush()
+    if stream.result is not None:
+        _say_logprobs(llm, stream.result)
     say(speed_line(llm))
+
+
+def _several(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) -> None:
+    results = llm.generate(prompt, params, n=args.n or 1, best_of=args.best_of)
+    if args.show_prompt:
+        show_prompt(llm, llm.prompt_ids(prompt))
+    for result in results:
+        total = result.cumulative_logprob
+        if len(results) > 1 or total is not None:
+            say(f"completion {result.completion}" + (f", logprob {total:.4f}" if total else ""))
+        if args.echo:
+            sys.stdout.write(prompt if isinstance(prompt, str) else _text(llm, list(prompt)))
+        bare = isinstance(llm.tokenizer, NoTokenizer)
+        sys.stdout.write((_text(llm, result.token_ids) if bare else result.text) + "\n")
+        sys.stdout.flush()
+        if params.logprobs is not None:
+            _say_logprobs(llm, result)
+    say(speed_line(llm))
+
+
+def _say_logprobs(llm: Llama, result: Result) -> None:
+    """Each token's logprob on stderr, and behind it the likeliest ones there were."""
+    for token in result.logprobs or ():
+        top = ", ".join(f"{llm.tokenizer.piece(i)!r} {p:.4f}" for i, p in token.top.items())
+        line = f"{token.logprob:>10.4f}  {llm.tokenizer.piece(token.token_id)!r}"
+        say(f"{line}  of {top}" if top else line)
 
 
 def _many(llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace) -> None:
     if args.show_prompt:
         for prompt in prompts:
             show_prompt(llm, llm.prompt_ids(prompt))
-    done: dict[int, Result] = {}
+    done: dict[int, list[Result]] = {}
     following = 0
-    for index, result in llm.each(prompts, each):
-        done[index] = result
+    for index, results in llm.each(prompts, each, n=args.n or 1, best_of=args.best_of):
+        done[index] = results
         while following in done:
-            line = _line(llm, prompts[following], done.pop(following), args.echo)
+            line: dict[str, Any] = {"prompt": prompts[following]} if args.echo else {}
+            lines = [_line(llm, result) for result in done.pop(following)]
+            line |= lines[0] if args.n is None else {"completions": lines}
             sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             sys.stdout.flush()
             following += 1
     say(speed_line(llm))
 
 
-def _line(llm: Llama, prompt: Prompt, result: Result, echo: bool) -> dict[str, Any]:
-    line: dict[str, Any] = {"prompt": prompt} if echo else {}
+def _line(llm: Llama, result: Result) -> dict[str, Any]:
+    line: dict[str, Any] = {}
     if isinstance(llm.tokenizer, NoTokenizer):
         line["token_ids"] = result.token_ids
     else:
@@ -83,7 +116,18 @@ def _line(llm: Llama, prompt: Prompt, result: Result, echo: bool) -> dict[str, A
         "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
         "completion_tokens": len(result.token_ids),
     }  # fmt: skip
+    if result.logprobs is not None:
+        line["cumulative_logprob"] = result.cumulative_logprob
+        line["logprobs"] = [
+            {**_logprob(llm, token.token_id, token.logprob),
+             "top": [_logprob(llm, *other) for other in token.top.items()]}
+            for token in result.logprobs
+        ]  # fmt: skip
     return line if result.seed is None else line | {"seed": result.seed}
+
+
+def _logprob(llm: Llama, token: int, logprob: float) -> dict[str, Any]:
+    return {"token_id": token, "token": llm.tokenizer.piece(token), "logprob": logprob}
 
 
 def _text(llm: Llama, ids: list[int]) -> str:

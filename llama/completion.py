@@ -7,6 +7,7 @@ out to be the beginning of a stop string.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -22,10 +23,19 @@ FinishReason = Literal["length", "stop", "eos", "cancelled"]
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model itself found a token, before temperature and every other knob."""
+
+    token_id: int
+    logprob: float  # natural logarithm, as in OpenAI's answers and transformers' log_softmax
+    top: dict[int, float]  # the likeliest tokens' ids and logprobs, likeliest first
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished completion."""
 
-    text: str  # without control tokens and without the stop string
+    text: str  # without control tokens and without the stop string; with echo behind the prompt
     token_ids: list[int]  # as sampled, the end token included
     # "length": max_tokens or the context's end; "stop": a stop string; "eos": the model ended;
     # "cancelled": Stream.cancel()
@@ -35,6 +45,14 @@ class Result:
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     seed: int | None  # the same seed gives the same text; None where greedy draws nothing
+    # of each of token_ids, where params ask for them or best_of needs them
+    logprobs: list[TokenLogprob] | None = None
+    completion: int = 0  # its number among those of one prompt; it keys the random numbers
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' logprobs: the completion's own, given the prompt."""
+        return None if self.logprobs is None else sum(token.logprob for token in self.logprobs)
 
 
 class StopStrings:
@@ -63,10 +81,11 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
-        stop_ids: Collection[int], max_seq_len: int, fresh: bool, completion: int = 0,
+        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
-        continues the prompt's. COMPLETION is the number that keys the random numbers."""
+        continues the prompt's. ECHO stands before its text."""
+        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo)
         if not prompt:
             raise LlamaError("the prompt is empty and this model has no begin token")
         if len(prompt) > max_seq_len:
@@ -75,22 +94,41 @@ class Job:
             )
         if params.stop and isinstance(tokenizer, NoTokenizer):
             raise LlamaError("stop strings need a tokenizer and this model file holds none")
+        if (params.logprobs or 0) > tokenizer.vocab_size:
+            raise LlamaError(
+                f"logprobs must be 0 to {tokenizer.vocab_size} (the vocabulary), found "
+                f"{params.logprobs}"
+            )
         self.ids = [tokenizer.check(token) for token in prompt]
         self.n_prompt = len(prompt)
         self.params = params.seeded()
-        self.completion = completion
+        self.completion = 0  # the number that keys the random numbers
+        self.leader: Job | None = None  # the first of those that share this prompt
         self.slot: Slot | None = None
         self.cancelled = False
         self.text = ""
         self.result: Result | None = None
+        self._echo = echo
         self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
         self._stops = StopStrings(params.stop)
-        self._distinct = set(self.ids)
-        self._seen = list(self._distinct) if params.repetition_penalty != 1 else []
+        for token, _ in params.biases:
+            if token >= tokenizer.vocab_size:
+                raise LlamaError(
+                    f"logit_bias token id must be 0 to {tokenizer.vocab_size - 1}, found {token}"
+                )
+        self._seen = list(set(self.ids)) if params.repetition_penalty != 1 else []
+        self._logprobs: list[TokenLogprob] = []
+        self.mu = array("d", [2 * params.mirostat_tau])
         self._cached = 0
         self._began = self._first = self._last = 0.0
+
+    def twin(self, completion: int) -> Job:
+        """Another completion of the same prompt; for one that has not begun."""
+        twin = Job(self.ids, self.params, *self._world)
+        twin.completion, twin.leader = completion, self
+        return twin
 
     def start(self, cached: int) -> None:
         """The prompt's computation begins; its first CACHED tokens are known."""
@@ -102,8 +140,17 @@ class Job:
         return self._limit - (len(self.ids) - self.n_prompt)
 
     def seen(self) -> list[int]:
-        """Each token so far, once, for the repetition penalty; empty where that is off."""
+        """What the penalties look at: the prompt's tokens, for repetition_penalty alone, then the
+        said() ones; empty where they are off."""
         return self._seen
+
+    def said(self) -> int:
+        """How many of seen() are the completion's own."""
+        return len(self.ids) - self.n_prompt if self._seen else 0
+
+    def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        """The logprobs of the token that push() takes next."""
+        self._logprobs.append(TokenLogprob(token, logprob, top))
 
     def push(self, token: int) -> str:
         """Takes the next sampled token; returns the text that is now certain."""
@@ -111,28 +158,34 @@ class Job:
         if len(self.ids) == self.n_prompt:
             self._first = self._last
         self.ids.append(token)
-        if self.params.repetition_penalty != 1 and token not in self._distinct:
-            self._distinct.add(token)
+        if self.params.looks_back:
             self._seen.append(token)
         if token in self._stop_ids:
             return self.end("eos")
-        text = self._stops.feed(self._decoder.feed(token))
-        self.text += text
+        text = self._certain(self._decoder.feed(token))
         if self._stops.hit:
             return text + self.end("stop")
         return text + self.end("length") if self.room() < 1 else text
 
     def end(self, reason: FinishReason) -> str:
         """Ends the completion; returns the text that was held back."""
-        text = self._stops.feed(self._decoder.finish(), last=True)
-        self.text += text
+        text = self._certain(self._decoder.finish(), last=True)
         self.result = Result(
             text=self.text, token_ids=self.ids[self.n_prompt :],
             finish_reason="stop" if self._stops.hit else reason,
             prompt_tokens=self.n_prompt, cached_tokens=self._cached,
             prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
             seed=self.params.seed if self.params.temperature else None,
+            logprobs=None if self.params.logprobs is None else self._logprobs,
+            completion=self.completion,
         )  # fmt: skip
+        return text
+
+    def _certain(self, text: str, last: bool = False) -> str:
+        """What of TEXT can be let go, behind the echo; it is part of the job's text now."""
+        text = self._echo + self._stops.feed(text, last)
+        self._echo = ""
+        self.text += text
         return text
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +26,9 @@ from llama.sampling import SamplingParams
 
 TOKENIZERS = {0: "none", 1: "sentencepiece", 2: "json", 3: "tiktoken"}
 MAX_SEQUENCES: int = lib.LLAMA_MAX_SEQUENCES
+NUMBERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_p",
+           "min_p", "typical_p", "mirostat_tau", "mirostat_eta")  # fmt: skip
+Mu: TypeAlias = "array[float]"  # mirostat's number, of length 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,26 +376,42 @@ class Engine:
             check(lib.llama_fork(self.handle, _sequence(source), _sequence(target), length))
 
     def sample(
-        self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int
-    ) -> int:
-        """A token from kept row ROW; SEEN are the tokens so far, for the penalty."""
+        self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int,
+        said: int = 0, mu: Mu | None = None,
+    ) -> int:  # fmt: skip
+        """A token from kept row ROW; SEEN are the tokens so far, for the penalties, the last SAID
+        of them the completion's own. MU: mirostat's one number, begun at 2 tau, moved here."""
         ids, token = _int32("seen", seen), ffi.new("int32_t *")
-        row = _within("row", row)
+        row, (sampling, _alive) = _within("row", row), _sampling(params, mu)
         with self._turn:
-            check(lib.llama_sample(self.handle, row, _sampling(params), _ints(ids), len(ids),
+            check(lib.llama_sample(self.handle, row, sampling, _ints(ids), len(ids), said,
                                    completion, position, token))  # fmt: skip
         return int(token[0])
 
+    def logprobs(self, row: int, token: int, n: int) -> tuple[float, dict[int, float]]:
+        """TOKEN's log-probability in kept row ROW, and those of the N likeliest in their order."""
+        logprob, row = ffi.new("double *"), _within("row", row)
+        n = _within("logprobs", n, self.config.vocab_size)
+        ids, top = ffi.new("int32_t[]", n), ffi.new("double[]", n)
+        with self._turn:
+            check(lib.llama_logprobs(self.handle, row, token, logprob, n, ids, top))
+        return float(logprob[0]), dict(zip(ids, top, strict=True))
 
-def _sampling(params: SamplingParams) -> Any:
+
+def _sampling(params: SamplingParams, mu: Mu | None) -> tuple[Any, Any]:
+    """llama_sampling, and what must live as long as it does."""
     s = ffi.new("llama_sampling *")
-    s.repetition_penalty = params.repetition_penalty
-    s.temperature = params.temperature
+    biases = params.biases
+    alive = [ffi.new("int32_t[]", [token for token, _ in biases]),
+             ffi.new("float[]", [bias for _, bias in biases]),
+             ffi.NULL if mu is None else ffi.from_buffer("double[]", mu)]  # fmt: skip
+    s.bias_tokens, s.bias_values, s.mirostat_mu = alive
+    s.n_bias = len(biases)
+    for name in NUMBERS:
+        setattr(s, name, getattr(params, name))
     s.top_k = min(params.top_k, 2**31 - 1)
-    s.top_p = params.top_p
-    s.min_p = params.min_p
     s.seed = (params.seed or 0) % 2**64
-    return s
+    return s, alive
 
 
 def sample_logits(
@@ -400,10 +420,13 @@ def sample_logits(
     seen: ArrayLike = (),
     completion: int = 0,
     position: int = 0,
+    said: int = 0,
+    mu: Mu | None = None,
 ) -> int:
     """A token from LOGITS (vocab_size); the same choice as Engine.sample makes of them."""
     row = np.ascontiguousarray(logits, np.float32)
     ids, token = _int32("seen", seen), ffi.new("int32_t *")
-    check(lib.llama_sample_logits(ffi.from_buffer("float[]", row), len(row), _sampling(params),
-                                  _ints(ids), len(ids), completion, position, token))  # fmt: skip
+    sampling, _alive = _sampling(params, mu)
+    check(lib.llama_sample_logits(ffi.from_buffer("float[]", row), len(row), sampling, _ints(ids),
+                                  len(ids), said, completion, position, token))  # fmt: skip
     return int(token[0])

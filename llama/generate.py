@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 from llama.batch import MAX_CHUNK, Batches, Counters
 from llama.completion import Job, Result
 from llama.errors import LlamaError
-from llama.sampling import SamplingParams
+from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from llama.engine import Config, Engine, SessionInfo
 
+MAX_COMPLETIONS = 1024  # of one prompt
 Prompt = str | Sequence[int]  # text, or token ids taken as they are
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]
 
@@ -144,39 +146,91 @@ class Llama:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Result: ...
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        n: None = None, best_of: int | None = None, echo: bool = False,
+    ) -> Result: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        n: int, best_of: int | None = None, echo: bool = False,
+    ) -> list[Result]: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]] | list[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        n: None = None, best_of: int | None = None, echo: bool = False,
     ) -> list[Result]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]] | list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        n: int, best_of: int | None = None, echo: bool = False,
+    ) -> list[list[Result]]: ...  # fmt: skip
 
-    def generate(self, prompt: Any, params: Any = None) -> Any:
+    def generate(
+        self, prompt: Any, params: Any = None, *, n: int | None = None,
+        best_of: int | None = None, echo: bool = False,
+    ) -> Any:  # fmt: skip
         """Completes PROMPT (text or token ids), or a list of prompts together in one batch, each
-        as if alone; for a list PARAMS may be a list too. A text gets the model's begin token."""
-        if isinstance(prompt, str) or _is_ids(prompt):
-            return self._finish([self._job(prompt, params)])[0]
-        return self._finish(self._jobs(prompt, params))
+        as if alone; for a list PARAMS may be a list too. A text gets the model's begin token.
 
+        N: so many completions of each prompt, a list in place of a Result, numbered from 0; the
+        prompt is computed once. BEST_OF: so many are made, and the N (else the one) with the
+        largest sum of logprobs returned, the best first. ECHO: texts begin with their prompt."""
+        request = Request(n, best_of)
+        if isinstance(prompt, str) or _is_ids(prompt):
+            return self._finish([request.jobs(self._job(prompt, params, echo))], request)[0]
+        return self._finish(
+            [request.jobs(job) for job in self._jobs(prompt, params, echo)], request
+        )
+
+    @overload
     def each(
         self, prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[tuple[int, Result]]:  # fmt: skip
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        n: None = None, best_of: int | None = None,
+    ) -> Iterator[tuple[int, Result]]: ...  # fmt: skip
+    @overload
+    def each(
+        self, prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        n: int, best_of: int | None = None,
+    ) -> Iterator[tuple[int, list[Result]]]: ...  # fmt: skip
+
+    def each(
+        self, prompts: Sequence[Prompt], params: Any = None, *, n: int | None = None,
+        best_of: int | None = None,
+    ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """As generate() of a list; yields (index, result) as each prompt finishes."""
-        jobs = self._jobs(prompts, params)
-        return (
-            (jobs.index(job), job.result)
-            for job, _ in self._batches.run(jobs) if job.result is not None
-        )  # fmt: skip
+        request = Request(n, best_of)
+        groups = [request.jobs(job) for job in self._jobs(prompts, params)]
+        return self._each(groups, request)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """The completion's text as it comes."""
-        return Stream(self._batches, self._job(prompt, params))
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, echo: bool = False
+    ) -> Stream:
+        """The completion's text as it comes; with ECHO the prompt's comes first."""
+        return Stream(self._batches, self._job(prompt, params, echo))
 
-    def chat(self, messages: Messages, params: SamplingParams | None = None) -> Result:
-        """The assistant's answer to MESSAGES, written in the model's own chat template."""
-        return self._finish([self._answer(messages, params)])[0]
+    @overload
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, n: None = None,
+        best_of: int | None = None,
+    ) -> Result: ...  # fmt: skip
+    @overload
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, n: int,
+        best_of: int | None = None,
+    ) -> list[Result]: ...  # fmt: skip
+
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, n: int | None = None,
+        best_of: int | None = None,
+    ) -> Any:  # fmt: skip
+        """The assistant's answer to MESSAGES, written in the model's own chat template; N and
+        BEST_OF as for generate()."""
+        request = Request(n, best_of)
+        return self._finish([request.jobs(self._answer(messages, params))], request)[0]
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Stream:
         """The answer's text as it comes."""
@@ -239,13 +293,16 @@ class Llama:
 
     # --- prompts to jobs
 
-    def _job(self, prompt: Prompt, params: SamplingParams | None) -> Job:
+    def _job(self, prompt: Prompt, params: SamplingParams | None, echo: bool = False) -> Job:
         self._batches.check_open()
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
+        text = ""
+        if echo:
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
         return Job(
             ids, _checked(params), self.tokenizer, frozenset(self.config.eos_ids),
-            self.max_seq_len, fresh,
+            self.max_seq_len, fresh, text,
         )  # fmt: skip
 
     def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
@@ -258,7 +315,7 @@ class Llama:
 
     def _jobs(
         self, prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: SamplingParams | Sequence[SamplingParams] | None, echo: bool = False,
     ) -> list[Job]:  # fmt: skip
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise LlamaError(
@@ -275,15 +332,49 @@ class Llama:
         jobs = []
         for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             try:
-                jobs.append(self._job(prompt, one))
+                jobs.append(self._job(prompt, one, echo))
             except LlamaError as error:
                 raise LlamaError(f"prompt {number}: {error}") from None
         return jobs
 
-    def _finish(self, jobs: list[Job]) -> list[Result]:
-        for _ in self._batches.run(jobs):
-            pass
-        return [job.result for job in jobs if job.result is not None]
+    def _finish(self, groups: list[list[Job]], request: Request) -> list[Any]:
+        found = dict(self._each(groups, request))
+        return [found[index] for index in range(len(groups))]
+
+    def _each(self, groups: list[list[Job]], request: Request) -> Iterator[tuple[int, Any]]:
+        """(index, what the request asked for) as each group finishes."""
+        index = {id(job): number for number, group in enumerate(groups) for job in group}
+        left = [len(group) for group in groups]
+        for job, _ in self._batches.run([job for group in groups for job in group]):
+            if job.result is not None:
+                number = index[id(job)]
+                left[number] -= 1
+                if not left[number]:
+                    yield number, request.answer(groups[number])
+
+
+class Request:
+    """How many completions of each prompt are made, and which of them returned."""
+
+    def __init__(self, n: int | None, best_of: int | None) -> None:
+        self._several = n is not None
+        self._n = 1 if n is None else whole_number("n", n, 1, MAX_COMPLETIONS)
+        self._ranked = best_of is not None
+        self._made = self._n
+        if best_of is not None:
+            self._made = whole_number("best_of", best_of, self._n, MAX_COMPLETIONS)
+
+    def jobs(self, first: Job) -> list[Job]:
+        """All completions of a prompt, FIRST among them; they share a seed."""
+        if self._ranked and first.params.logprobs is None:
+            first.params = replace(first.params, logprobs=0)
+        return [first, *(first.twin(number) for number in range(1, self._made))]
+
+    def answer(self, jobs: list[Job]) -> Result | list[Result]:
+        results = [job.result for job in jobs if job.result is not None]
+        if self._ranked:
+            results.sort(key=lambda result: -(result.cumulative_logprob or 0.0))
+        return results[: self._n] if self._several else results[0]
 
 
 def _checked(params: SamplingParams | None) -> SamplingParams:

@@ -101,13 +101,22 @@ class FakeEngine:
         finally:
             self._busy.release()
 
-    def sample(self, row: int, params: Any, seen: Any, completion: int, position: int) -> int:
+    def sample(
+        self, row: int, params: Any, seen: Any, completion: int, position: int, said: int = 0,
+        mu: Any = None,
+    ) -> int:  # fmt: skip
         logits = self.kept[row]
         if params.temperature == 0:
             return int(np.argmax(logits))
         key = hashlib.sha256(f"{params.seed} {completion} {position}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(key[:8], "little"))
         return int(np.argmax(logits / params.temperature + rng.gumbel(size=len(logits))))
+
+    def logprobs(self, row: int, token: int, n: int) -> tuple[float, dict[int, float]]:
+        logits = self.kept[row].astype(float)
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        order = np.argsort(-logprobs, kind="stable")[:n]
+        return float(logprobs[token]), {int(one): float(logprobs[one]) for one in order}
 
     def length(self, sequence: int) -> int:
         return len(self.sequences[sequence])

@@ -595,7 +595,7 @@ def test_null_arguments_are_refused(path: Path) -> None:
     null, number = ffi.NULL, ffi.new("uint32_t *")
     model, session = ffi.new("llama_model **"), ffi.new("llama_session **")
     name, options = ffi.new("char[]", bytes(path)), ffi.new("llama_session_options *")
-    params = ffi.new("llama_sampling *", {"top_p": 1, "repetition_penalty": 1})
+    params = ffi.new("llama_sampling *", {"top_p": 1, "typical_p": 1, "repetition_penalty": 1})
     token = ffi.new("int32_t *")
     options.kv_kind = -1
     lib.llama_close(null)
@@ -629,11 +629,14 @@ def test_null_arguments_are_refused(path: Path) -> None:
         (lib.llama_length, session[0], 0, null),
         (lib.llama_trim, null, 0, 0),
         (lib.llama_fork, null, 0, 1, 0),
-        (lib.llama_sample, null, 0, params, null, 0, 0, 0, token),
-        (lib.llama_sample_logits, null, 10, params, null, 0, 0, 0, token),
-        (lib.llama_sample_logits, ffi.new("float[10]"), 10, null, null, 0, 0, 0, token),
-        (lib.llama_sample_logits, ffi.new("float[10]"), 10, params, null, 1, 0, 0, token),
-        (lib.llama_sample_logits, ffi.new("float[10]"), 10, params, null, 0, 0, 0, null),
+        (lib.llama_sample, null, 0, params, null, 0, 0, 0, 0, token),
+        (lib.llama_sample_logits, null, 10, params, null, 0, 0, 0, 0, token),
+        (lib.llama_sample_logits, ffi.new("float[10]"), 10, null, null, 0, 0, 0, 0, token),
+        (lib.llama_sample_logits, ffi.new("float[10]"), 10, params, null, 1, 0, 0, 0, token),
+        (lib.llama_sample_logits, ffi.new("float[10]"), 10, params, null, 0, 0, 0, 0, null),
+        (lib.llama_logprobs, null, 0, 0, ffi.new("double *"), 0, null, null),
+        (lib.llama_logprobs, session[0], 0, 0, null, 0, null, null),
+        (lib.llama_logprobs, session[0], 0, 0, ffi.new("double *"), 1, null, null),
         (lib.llama_measure_bandwidth, 1, 0, null),
     ]
     for function, *arguments in calls:

@@ -283,6 +283,14 @@ def test_what_the_methods_mean() -> None:
     assert flags("--type=top_k") == SamplingParams(top_k=40, top_p=1.0, max_tokens=9)
     assert flags("--type=top_k", "--top-k=5", "--top_p=0.5").top_p == 0.5
     assert flags("--min-p", "0.1", "--repetition-penalty=1.1").min_p == 0.1
+    mixed = flags("--presence-penalty=0.5", "--frequency_penalty", "-1", "--logit-bias", "5=-inf",
+                  "--logit_bias=7=1.5", "--typical-p=0.9")  # fmt: skip
+    assert mixed == SamplingParams(
+        presence_penalty=0.5, frequency_penalty=-1, logit_bias={5: float("-inf"), 7: 1.5},
+        typical_p=0.9, max_tokens=9, top_p=0.9, top_k=0,
+    )  # fmt: skip
+    assert flags("--mirostat", "5").mirostat_tau == 5 and flags("--mirostat=5").mirostat_eta == 0.1
+    assert flags("--mirostat=4,0.3").mirostat_eta == 0.3
     assert flags("--stop=--x_y").stop == ("--x_y",)
     with pytest.raises(LlamaError, match="top_p"):
         flags("--type=greedy", "--top_p=5")

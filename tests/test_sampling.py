@@ -21,9 +21,9 @@ from llama.sampling import NAMES, SamplingParams, params_from
 
 def draw(
     logits: NDArray[np.float32], params: SamplingParams, seen: Any = (), completion: int = 0,
-    position: int = 0,
+    position: int = 0, said: int = 0,
 ) -> int:  # fmt: skip
-    return int(engine.sample_logits(logits, params, seen, completion, position))
+    return int(engine.sample_logits(logits, params, seen, completion, position, said))
 
 
 # --- the knobs
@@ -46,6 +46,16 @@ def test_defaults_are_documented() -> None:
         ("top_p", [0, 0.0, -1, 1.0001, float("nan"), "0.5", None, True, 1e-300]),
         ("min_p", [-0.1, 1.1, float("nan"), None, False]),
         ("repetition_penalty", [0, -1, float("nan"), float("inf"), None, True, "x"]),
+        ("typical_p", [0, -1, 1.0001, float("nan"), "0.5", None, True]),
+        ("mirostat_tau", [-1, float("nan"), float("inf"), None, True, "5"]),
+        ("mirostat_eta", [-0.1, float("nan"), None, False]),
+        ("presence_penalty", [-2.1, 2.1, float("nan"), None, True, "1"]),
+        ("frequency_penalty", [-2.1, 2.1, float("nan"), None, True, "1"]),
+        ("logit_bias", [None, 5, "abc", [1]]),
+        ("logit_bias token id", [{-1: 1}, {1.5: 1}, {"a": 1}, {1 << 31: 1}, {True: 1}]),
+        ("logit_bias of token 4", [{4: None}, {4: "1"}, {4: float("inf")}, {4: float("nan")},
+                                   {4: True}]),
+        ("logprobs", [-1, 1.0, "1", True, 1 << 31]),
         ("seed", [-1, 1 << 64, 1.0, "1", True]),
         ("max_tokens", [0, -1, 1.0, "1", True, 1 << 31]),
         ("stop", ["", [""], [1], 5, b"x", ["a", ""], [None], None]),
@@ -54,17 +64,19 @@ def test_defaults_are_documented() -> None:
 def test_impossible_values_are_refused_by_name(knob: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(LlamaError, match=f"^{knob} must") as caught:
-            SamplingParams(**{knob: value})
+            SamplingParams(**{knob.split()[0]: value})
         assert "found" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_values_are_kept_as_plain_numbers() -> None:
     params = SamplingParams(
         temperature=np.float32(1), top_k=np.int64(5), top_p=1, min_p=0, seed=np.uint64(2**64 - 1),
-        stop=["a", "b"], max_tokens=3,
+        stop=["a", "b"], max_tokens=3, presence_penalty=1, logprobs=np.int32(2),
+        logit_bias={np.int64(7): 1, "3": -np.inf, 5: np.float32(0.5)}, typical_p=1, mirostat_tau=5,
     )  # fmt: skip
     kinds = [type(getattr(params, name)) for name in NAMES]
-    assert kinds == [float, int, float, float, float, int, int, tuple]
+    assert kinds == [float, int, *[float] * 8, tuple, int, int, tuple, int]
+    assert params.logit_bias == params.biases == ((3, -np.inf), (5, 0.5), (7, 1.0))
     assert SamplingParams(stop="end").stop == ("end",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 4  # type: ignore[misc]
@@ -90,13 +102,17 @@ def test_a_seed_is_drawn_once() -> None:
 
 
 def numpy_probabilities(
-    logits: NDArray[np.float32], params: SamplingParams, seen: list[int]
+    logits: NDArray[np.float32], params: SamplingParams, seen: list[int], said: int = 0
 ) -> NDArray[np.float64]:
     """The distribution to draw from, straight from the definitions, in float64."""
     scores = logits.astype(np.float64)
+    for token, bias in params.biases:
+        scores[token] += bias
     for token in set(seen):
         factor = params.repetition_penalty
         scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+    for token, times in Counter(seen[len(seen) - said :]).items():
+        scores[token] -= params.presence_penalty + times * params.frequency_penalty
     scores /= params.temperature
     if params.top_k:
         scores[scores < np.sort(scores)[::-1][min(params.top_k, len(scores)) - 1]] = -np.inf
@@ -107,11 +123,29 @@ def numpy_probabilities(
         n = int(np.searchsorted(np.cumsum(p[order]), params.top_p)) + 1
         p[order[n:]] = 0
     p[p < params.min_p * p.max()] = 0
+    p /= p.sum()
+    if params.typical_p < 1:
+        with np.errstate(divide="ignore"):
+            surprise = -np.log(p)
+        far = np.abs(surprise - (p[p > 0] * surprise[p > 0]).sum())
+        order = np.argsort(far, kind="stable")
+        last = min(int((np.cumsum(p[order]) < params.typical_p).sum()), len(p) - 1)
+        p[far > far[order[last]]] = 0
     return np.asarray(p / p.sum())
 
 
+def openai_penalties(
+    scores: NDArray[np.float32], params: SamplingParams, said: list[int]
+) -> NDArray[np.float32]:
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, as OpenAI's manual has
+    it; transformers has no such knobs."""
+    count = np.bincount(said, minlength=len(scores))
+    taken = count * params.frequency_penalty + (count > 0) * params.presence_penalty
+    return (scores - taken).astype(np.float32)
+
+
 def transformers_probabilities(
-    logits: NDArray[np.float32], params: SamplingParams, seen: list[int]
+    logits: NDArray[np.float32], params: SamplingParams, seen: list[int], said: int = 0
 ) -> NDArray[np.float64]:
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as lp
@@ -119,8 +153,14 @@ def transformers_probabilities(
     scores = torch.tensor(logits)[None]
     ids = torch.tensor([seen], dtype=torch.long)
     steps: list[Any] = []
+    if params.biases:
+        steps.append(lp.SequenceBiasLogitsProcessor({(t,): bias for t, bias in params.biases}))
     if seen and params.repetition_penalty != 1:
         steps.append(lp.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        steps.append(lambda ids, scores: torch.from_numpy(
+            openai_penalties(scores.numpy()[0], params, seen[len(seen) - said :]))[None]
+        )  # fmt: skip
     steps.append(lp.TemperatureLogitsWarper(params.temperature))
     if params.top_k:
         steps.append(lp.TopKLogitsWarper(params.top_k))
@@ -128,6 +168,8 @@ def transformers_probabilities(
         steps.append(lp.TopPLogitsWarper(params.top_p))
     if params.min_p:
         steps.append(lp.MinPLogitsWarper(params.min_p))
+    if params.typical_p < 1:
+        steps.append(lp.TypicalLogitsWarper(params.typical_p))
     for step in steps:
         scores = step(ids, scores)
     return np.asarray(scores.double().softmax(-1)[0].numpy())
@@ -148,7 +190,17 @@ CASES = [
     {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
     {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.7},
     {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 0.6},
-]
+    {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 1.5},
+    {"temperature": 1.0, "top_p": 1.0, "frequency_penalty": -0.7},
+    {"temperature": 0.7, "top_p": 0.9, "presence_penalty": -0.5, "frequency_penalty": 0.8,
+     "repetition_penalty": 1.3},
+    {"temperature": 1.0, "top_p": 1.0, "logit_bias": {3: 2.5, 17: -1.5, 40: 4.0}},
+    {"temperature": 0.8, "logit_bias": {3: 2.5, 11: 3.0}, "repetition_penalty": 1.5, "top_k": 30},
+    {"temperature": 1.0, "top_p": 1.0, "typical_p": 0.5},
+    {"temperature": 1.4, "top_p": 1.0, "typical_p": 0.95},
+    {"temperature": 1.0, "top_p": 1.0, "typical_p": 0.001},
+    {"temperature": 1.2, "top_k": 25, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.6},
+]  # fmt: skip
 DRAWS = 6000
 
 
@@ -158,12 +210,13 @@ def test_draws_follow_the_distribution(case: dict[str, Any]) -> None:
     rng = np.random.default_rng(7)
     params = SamplingParams(seed=11, **case)
     logits = (rng.normal(size=60) * 2).astype(np.float32)
-    seen = [3, 3, 17, int(np.argmax(logits)), int(np.argmin(logits))]
-    p = numpy_probabilities(logits, params, seen)
-    theirs = transformers_probabilities(logits, params, seen)
+    # the prompt's, then four that the completion said
+    seen = [3, 3, 17, int(np.argmax(logits)), int(np.argmin(logits)), 5, 3, 5, 9]
+    p = numpy_probabilities(logits, params, seen, 4)
+    theirs = transformers_probabilities(logits, params, seen, 4)
     assert ((p > 0) == (theirs > 0)).all()
     np.testing.assert_allclose(p, theirs, rtol=1e-4)
-    counts = Counter(draw(logits, params, seen, position=n) for n in range(DRAWS))
+    counts = Counter(draw(logits, params, seen, position=n, said=4) for n in range(DRAWS))
     assert all(p[token] > 0 for token in counts)
     # chi-square; tokens expected less than ten times are counted together
     rare = p * DRAWS < 10
@@ -181,28 +234,28 @@ def test_draws_follow_the_distribution(case: dict[str, Any]) -> None:
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 300),
     st.floats(0.05, 5), st.integers(0, 40), st.floats(0.01, 1), st.floats(0, 1),
-    st.floats(0.5, 2),
+    st.floats(0.5, 2), st.floats(-2, 2), st.integers(0, 5),
 )  # fmt: skip
 def test_drawn_tokens_are_kept_tokens(
     seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float,
-    penalty: float,
+    penalty: float, frequency: float, said: int,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=size).astype(np.float32) * 4
     seen = rng.integers(0, size, 5).tolist()
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-        repetition_penalty=penalty,
+        repetition_penalty=penalty, presence_penalty=-frequency / 2, frequency_penalty=frequency,
     )  # fmt: skip
-    p = numpy_probabilities(logits, params, seen)
+    p = numpy_probabilities(logits, params, seen, said)
     # a token on the very edge of the kept set may fall either way in float32
     loose = numpy_probabilities(
         logits,
         dataclasses.replace(params, top_p=min(1.0, top_p * 1.0001), min_p=min_p * 0.9999),
-        seen,
-    )
+        seen, said,
+    )  # fmt: skip
     for position in range(20):
-        token = draw(logits, params, seen, position=position)
+        token = draw(logits, params, seen, position=position, said=said)
         assert p[token] > 0 or loose[token] > 0
 
 
@@ -215,6 +268,13 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert draw(logits, params) == 1
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     assert draw(logits, params, [1]) == 3 and draw(logits, params, [1, 3, 4]) == 1
+    params = SamplingParams(temperature=0.0, presence_penalty=2.0, frequency_penalty=1.5)
+    assert draw(logits, params, [1, 3, 4]) == 1 and draw(logits, params, [1, 3, 4], said=2) == 1
+    assert draw(logits, params, [1, 3, 4], said=3) == 2  # 1.5 each
+    assert draw(logits, params, [3, 1, 4, 4, 1], said=4) == 3
+    params = SamplingParams(temperature=0.0, logit_bias={1: float("-inf"), 3: -4, 4: -2.5, 0: 1})
+    assert draw(logits, params) == 4
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     assert draw(-logits, params, [5]) == 5 and draw(-logits - 4, params, [5]) == 0
 
 
