@@ -88,6 +88,25 @@ static int check_envelope(struct file *f) {
     return 0;
 }
 
+static int check_rope(const struct file *f) {
+    static const uint32_t counts[] = {0, 1, 4, 6}; // numbers of each kind, in LLAMA_ROPE_'s order
+    const llama_config *c = &f->config;
+    const float *numbers = c->rope_numbers;
+    if (c->rope_scaling >= sizeof counts / sizeof *counts)
+        return fail("%s: rope scaling %u is not known to this program", f->path, c->rope_scaling);
+    for (uint32_t i = 0; i < counts[c->rope_scaling]; i++) {
+        const bool choice = c->rope_scaling == LLAMA_ROPE_YARN && i == 5; // truncate
+        if (choice ? numbers[i] != 0 && numbers[i] != 1
+                   : !(numbers[i] > 0 && isfinite(numbers[i])))
+            return fail("%s: impossible config: rope scaling number %u is %g", f->path, i,
+                        (double)numbers[i]);
+    }
+    if (c->rope_scaling == LLAMA_ROPE_LLAMA3 && numbers[2] <= numbers[1])
+        return fail("%s: impossible config: llama3 rope scaling from %g to %g", f->path,
+                    (double)numbers[1], (double)numbers[2]);
+    return 0;
+}
+
 static int check_config(const struct file *f) {
     const llama_config *c = &f->config;
     const struct { const char *name; uint32_t value, most; } sizes[] = {
@@ -110,16 +129,7 @@ static int check_config(const struct file *f) {
         return fail("%s: impossible config: norm_eps is %g", f->path, (double)c->norm_eps);
     if (!(c->rope_theta > 0 && isfinite(c->rope_theta)))
         return fail("%s: impossible config: rope_theta is %g", f->path, (double)c->rope_theta);
-    if (c->rope_scaling > LLAMA_ROPE_LLAMA3)
-        return fail("%s: rope scaling %u is not known to this program", f->path, c->rope_scaling);
-    uint32_t numbers = c->rope_scaling == LLAMA_ROPE_LLAMA3 ? 4 : c->rope_scaling;
-    for (uint32_t i = 0; i < numbers; i++)
-        if (!(c->rope_numbers[i] > 0 && isfinite(c->rope_numbers[i])))
-            return fail("%s: impossible config: rope scaling number %u is %g", f->path, i,
-                        (double)c->rope_numbers[i]);
-    if (c->rope_scaling == LLAMA_ROPE_LLAMA3 && c->rope_numbers[2] <= c->rope_numbers[1])
-        return fail("%s: impossible config: llama3 rope scaling from %g to %g", f->path,
-                    (double)c->rope_numbers[1], (double)c->rope_numbers[2]);
+    if (check_rope(f)) return -1;
     if (c->bos_id < -1 || (c->bos_id >= 0 && (uint32_t)c->bos_id >= c->vocab_size))
         return fail("%s: impossible config: bos_id is %d of %u tokens", f->path, c->bos_id,
                     c->vocab_size);

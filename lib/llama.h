@@ -35,7 +35,12 @@ enum {
     LLAMA_Q4 = 4    // 4.5: 4-bit codes, one f16 scale for 32 columns of a row
 };
 
-enum { LLAMA_ROPE_PLAIN = 0, LLAMA_ROPE_LINEAR = 1, LLAMA_ROPE_LLAMA3 = 2 };
+enum {
+    LLAMA_ROPE_PLAIN = 0,
+    LLAMA_ROPE_LINEAR = 1,
+    LLAMA_ROPE_LLAMA3 = 2,
+    LLAMA_ROPE_YARN = 3
+};
 enum {
     LLAMA_TOKENIZER_NONE = 0,
     LLAMA_TOKENIZER_SENTENCEPIECE = 1, // a SentencePiece ModelProto

@@ -2,31 +2,65 @@
 #include "rope.h"
 #include <math.h>
 
+static const double pi = 3.14159265358979323846;
+
 /* Llama 3.1's stretch: waves shorter than original / high stay, those longer than original / low
  * slow down by factor, and between the two the change is gradual. */
 static float llama3(float frequency, const float *numbers) {
     const float factor = numbers[0], low = numbers[1], high = numbers[2], original = numbers[3];
-    const float wavelength = (float)(2 * 3.14159265358979323846) / frequency;
+    const float wavelength = 1 / frequency * (float)(2 * pi); // torch divides a number so
     if (wavelength < original / high) return frequency;
     if (wavelength > original / low) return frequency / factor;
-    const float smooth = (original / wavelength - low) / (high - low);
+    const float smooth = (1 / wavelength * original - low) / (high - low);
     return (1 - smooth) * frequency / factor + smooth * frequency;
 }
 
-void rope_frequencies(const llama_config *config, float *frequencies) {
-    for (uint32_t i = 0; i < config->head_dim / 2; i++) {
-        const float exponent = (float)(2 * i) / (float)config->head_dim;
-        float f = 1.0f / (float)pow((double)config->rope_theta, (double)exponent);
-        if (config->rope_scaling == LLAMA_ROPE_LINEAR) f /= config->rope_numbers[0];
-        if (config->rope_scaling == LLAMA_ROPE_LLAMA3) f = llama3(f, config->rope_numbers);
+/* The pair that turns TURNS times within the ORIGINAL context, counted in fractions. */
+static double yarn_pair(const llama_config *c, double turns) {
+    const double original = c->rope_numbers[1];
+    return c->head_dim * log(original / (turns * 2 * pi)) / (2 * log((double)c->rope_theta));
+}
+
+/* YaRN (arXiv:2309.00071, section 3.2): pairs up to the one that turns beta_fast times within
+ * the original context stay, those from the one that turns beta_slow times on slow down by
+ * factor, and between them the share changes with the pair's number. */
+static void yarn(const llama_config *c, float *frequencies) {
+    double low = yarn_pair(c, c->rope_numbers[2]), high = yarn_pair(c, c->rope_numbers[3]);
+    if (c->rope_numbers[5] != 0) low = floor(low), high = ceil(high);
+    low = low > 0 ? low : 0;
+    high = high < c->head_dim - 1 ? high : c->head_dim - 1;
+    if (low == high) high += 0.001;
+    for (uint32_t i = 0; i < c->head_dim / 2; i++) {
+        const float ramp = ((float)i - (float)low) / (float)(high - low);
+        const float stay = 1 - (ramp < 0 ? 0 : ramp > 1 ? 1 : ramp);
+        const float wave = frequencies[i];
+        frequencies[i] = 1 / (c->rope_numbers[0] * wave) * (1 - stay) + 1 / wave * stay;
+    }
+}
+
+void rope_frequencies(const llama_config *c, float *frequencies) {
+    for (uint32_t i = 0; i < c->head_dim / 2; i++) {
+        const float exponent = (float)(2 * i) / (float)c->head_dim;
+        frequencies[i] = (float)pow((double)c->rope_theta, (double)exponent);
+    }
+    if (c->rope_scaling == LLAMA_ROPE_YARN) {
+        yarn(c, frequencies);
+        return;
+    }
+    for (uint32_t i = 0; i < c->head_dim / 2; i++) {
+        float f = 1 / frequencies[i];
+        if (c->rope_scaling == LLAMA_ROPE_LINEAR) f /= c->rope_numbers[0];
+        if (c->rope_scaling == LLAMA_ROPE_LLAMA3) f = llama3(f, c->rope_numbers);
         frequencies[i] = f;
     }
 }
 
-void rope_angles(const float *frequencies, size_t n, int32_t position, float *cos, float *sin) {
-    for (size_t i = 0; i < n; i++) {
+void rope_angles(const llama_config *c, const float *frequencies, int32_t position, float *cos,
+                 float *sin) {
+    const float factor = c->rope_scaling == LLAMA_ROPE_YARN ? c->rope_numbers[4] : 1;
+    for (uint32_t i = 0; i < c->head_dim / 2; i++) {
         const float angle = (float)position * frequencies[i];
-        cos[i] = cosf(angle);
-        sin[i] = sinf(angle);
+        cos[i] = cosf(angle) * factor;
+        sin[i] = sinf(angle) * factor;
     }
 }

@@ -8,6 +8,7 @@
 
 /* frequencies (head_dim / 2): radians a position, after the model's scaling. */
 void rope_frequencies(const llama_config *config, float *frequencies);
-/* cos, sin (head_dim / 2) at POSITION. */
-void rope_angles(const float *frequencies, size_t n, int32_t position, float *cos, float *sin);
+/* cos, sin (head_dim / 2) at POSITION, times the attention factor where the scaling has one. */
+void rope_angles(const llama_config *config, const float *frequencies, int32_t position,
+                 float *cos, float *sin);
 #endif

@@ -22,9 +22,10 @@ class Rope(IntEnum):
     PLAIN = 0
     LINEAR = 1
     LLAMA3 = 2
+    YARN = 3
 
 
-ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4}
+ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4, Rope.YARN: 6}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
     norm_eps: float
     rope_theta: float
     rope_scaling: Rope = Rope.PLAIN
-    rope_numbers: tuple[float, ...] = ()  # linear: factor; llama3: factor, low, high, original
+    rope_numbers: tuple[float, ...] = ()  # docs/format.md says which, by kind
     tied: bool = False
     attention_bias: bool = False  # of wq, wk, wv and wo, all four
     mlp_bias: bool = False  # of w1, w2 and w3
@@ -77,11 +78,14 @@ class Config:
     def _check_rope(self) -> None:
         count = ROPE_COUNTS[self.rope_scaling]
         numbers = self.rope_numbers
-        if len(numbers) != count or not all(math.isfinite(n) and n > 0 for n in numbers):
+        positive = numbers[:5] if self.rope_scaling == Rope.YARN else numbers
+        if len(numbers) != count or not all(math.isfinite(n) and n > 0 for n in positive):
             raise LlamaError(
                 f"config: rope scaling {self.rope_scaling.name.lower()} takes {count} numbers "
                 f"above zero, found {list(numbers)}"
             )
+        if self.rope_scaling == Rope.YARN and numbers[5] not in (0, 1):
+            raise LlamaError(f"config: yarn's truncate must be 0 or 1, found {numbers[5]}")
         if self.rope_scaling == Rope.LLAMA3 and numbers[2] <= numbers[1]:
             raise LlamaError(
                 f"config: llama3 rope scaling needs low_freq_factor below high_freq_factor, "

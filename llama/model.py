@@ -93,9 +93,9 @@ class Transformer:
         """Rotates each pair of neighbours by an angle that grows with the position, so that q.k
         depends on how far apart two tokens are (arXiv:2104.09864, eq. 34). x: (n, heads, head_dim)
         """
-        angles = positions[:, None] * self.frequencies  # (n, head_dim / 2)
-        cos = angles.cos().to(self.dtype)[:, None]  # (n, 1, head_dim / 2) the same for all heads
-        sin = angles.sin().to(self.dtype)[:, None]
+        cos, sin = rope_angles(self.config, self.frequencies, positions)  # (n, head_dim / 2)
+        cos = cos.to(self.dtype)[:, None]  # (n, 1, head_dim / 2) the same for all heads
+        sin = sin.to(self.dtype)[:, None]
         a, b = x[..., 0::2], x[..., 1::2]  # (n, heads, head_dim / 2) the pairs (a, b)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)  # (.., head_dim/2, 2)
         return turned.flatten(-2)  # (n, heads, head_dim)
@@ -170,24 +170,48 @@ class Transformer:
 def rope_frequencies(config: Config) -> Tensor:
     """(head_dim / 2) radians a position: pair i turns at theta^(-2i / head_dim), the first pair
     fastest (arXiv:2104.09864, section 3.2.2), slowed where a model was stretched to a longer
-    context. In float64, as positions multiply their error."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
-    frequencies = config.rope_theta ** -(pairs / config.head_dim)
+    context. In float32, in transformers' order: far positions multiply every rounding."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = 1 / config.rope_theta ** (pairs / config.head_dim)
     if config.rope_scaling == Rope.LINEAR:
         return frequencies / config.rope_numbers[0]
     if config.rope_scaling == Rope.LLAMA3:
-        scaled = [llama3(f, *config.rope_numbers) for f in frequencies.tolist()]
-        return torch.tensor(scaled, dtype=torch.float64)
+        return llama3(frequencies, *config.rope_numbers)
+    if config.rope_scaling == Rope.YARN:
+        return yarn(config, *config.rope_numbers)
     return frequencies
 
 
-def llama3(frequency: float, factor: float, low: float, high: float, original: float) -> float:
+def rope_angles(config: Config, frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, head_dim / 2) of POSITIONS (n), times yarn's attention factor."""
+    factor = config.rope_numbers[4] if config.rope_scaling == Rope.YARN else 1.0
+    angles = positions[:, None].float() * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def llama3(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
     """Llama 3.1's stretch: pairs that turn more than HIGH times within the ORIGINAL context stay,
     those that turn less than LOW times slow down by FACTOR, between them it is gradual."""
-    turns = original * frequency / (2 * math.pi)
-    if turns > high:
-        return frequency
-    if turns < low:
-        return frequency / factor
-    share = (turns - low) / (high - low)
-    return (1 - share) * frequency / factor + share * frequency
+    turns = original / (2 * math.pi / frequencies)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequencies / factor + share * frequencies
+
+
+def yarn(
+    config: Config, factor: float, original: float, fast: float, slow: float, _: float, whole: float
+) -> Tensor:
+    """As llama3, but the ramp runs over the pairs' numbers (arXiv:2309.00071, section 3.2)."""
+
+    def pair(turns: float) -> float:
+        """Which pair turns so many times within the original context."""
+        ratio = math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return config.head_dim * ratio
+
+    low, high = pair(fast), pair(slow)
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    numbers = torch.arange(config.head_dim // 2, dtype=torch.float32)
+    stay = 1 - ((numbers - low) / (high - low or 0.001)).clamp(0, 1)
+    waves = config.rope_theta ** (2 * numbers / config.head_dim)
+    return 1 / (factor * waves) * (1 - stay) + 1 / waves * stay

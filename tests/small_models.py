@@ -30,6 +30,12 @@ HF_LAYERS = {
 HF_REST = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
 }  # fmt: skip
+ORIGINAL = "original_max_position_embeddings"
+ROPE_NAMES = {
+    Rope.PLAIN: [], Rope.LINEAR: ["factor"],
+    Rope.LLAMA3: ["factor", "low_freq_factor", "high_freq_factor", ORIGINAL],
+    Rope.YARN: ["factor", ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"],
+}  # fmt: skip
 
 
 def config(**changes: Any) -> Config:
@@ -226,17 +232,25 @@ def of_kind(folder: Path, shape: Config, kind: Kind, seed: int = 0) -> Path:
 # --- by transformers
 
 
-def transformers_llama(shape: Config, dtype: str = "f32", seed: int = 0) -> Any:
-    """transformers' own model of SHAPE, random; weights rounded to DTYPE and kept in float32."""
+def transformers_llama(
+    shape: Config, dtype: str = "f32", seed: int = 0, rope: dict[str, Any] | None = None
+) -> Any:
+    """transformers' own model of SHAPE, random; weights rounded to DTYPE and kept in float32.
+
+    ROPE are rope_parameters to take in place of the shape's, all but rope_theta.
+    """
     import transformers
 
-    kinds = {Rope.PLAIN: "default", Rope.LINEAR: "linear", Rope.LLAMA3: "llama3"}
-    names = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    rope: dict[str, Any] = dict(zip(names, shape.rope_numbers, strict=False))
-    if shape.rope_scaling == Rope.LLAMA3:
-        rope[names[3]] = int(rope[names[3]])
-    rope |= {"rope_type": kinds[shape.rope_scaling], "rope_theta": shape.rope_theta}
-    settings = hf_settings(shape, rope_parameters=rope, pad_token_id=None)
+    if rope is None:
+        rope = dict(zip(ROPE_NAMES[shape.rope_scaling], shape.rope_numbers, strict=True))
+        if ORIGINAL in rope:
+            rope[ORIGINAL] = int(rope[ORIGINAL])
+        if "truncate" in rope:
+            rope["truncate"] = bool(rope["truncate"])
+        plain = shape.rope_scaling == Rope.PLAIN
+        rope["rope_type"] = "default" if plain else shape.rope_scaling.name.lower()
+    parameters = {**rope, "rope_theta": shape.rope_theta}
+    settings = hf_settings(shape, rope_parameters=parameters, pad_token_id=None)
     del settings["rope_scaling"], settings["rope_theta"]
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()

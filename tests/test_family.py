@@ -8,6 +8,8 @@ transformers 5 writes it, and as 4 did.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,44 @@ import torch
 from numpy.typing import NDArray
 
 from llama import checkpoints
+from llama import model as plain
+from llama.checkpoints import hf
+from llama.checkpoints.settings import Settings
 from llama.config import Config
 from llama.engine import Engine
 from llama.model import Cache, Transformer
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 F32 = NDArray[np.float32]
 STEPS, SEEDS = 64, 20
-OPTIONS: dict[str, dict[str, Any]] = {
+LENGTH = 48  # max_position_embeddings; prompts go beyond it, and what follows does always
+BIASES = {
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
     "both biases": {"attention_bias": True, "mlp_bias": True},
 }
+ROPES = ["linear", "llama3", "yarn"]
+
+
+def random_rope(kind: str, rng: np.random.Generator) -> dict[str, Any]:
+    """rope_parameters of KIND, those that may be left out sometimes there."""
+    rope: dict[str, Any] = {"rope_type": kind, "factor": float(rng.choice([1.5, 2.0, 3.7, 8.0]))}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": float(rng.choice([2.0, 4.0]))}
+        rope["original_max_position_embeddings"] = int(rng.integers(12, LENGTH))
+    if kind == "yarn":
+        several: list[dict[str, Any]] = [
+            {"original_max_position_embeddings": int(rng.integers(12, LENGTH))},
+            {"beta_fast": 16, "beta_slow": 2.5},
+            {"attention_factor": 0.8},
+            {"mscale": 0.7, "mscale_all_dim": 1.3},
+            {"mscale": 0.7},
+            {"truncate": False},
+        ]
+        for some in several:
+            if rng.integers(2):
+                rope |= some
+    return rope
 
 
 def random_shape(rng: np.random.Generator, **changes: Any) -> Config:
@@ -37,7 +65,7 @@ def random_shape(rng: np.random.Generator, **changes: Any) -> Config:
     return small_models.config(
         vocab_size=int(rng.integers(20, 60)), dim=n_kv * group * int(rng.integers(3, 9)),
         hidden_dim=int(rng.integers(5, 60)), head_dim=2 * half, n_layers=int(rng.integers(1, 3)),
-        n_heads=n_kv * group, n_kv_heads=n_kv, max_seq_len=48, tied=bool(rng.integers(2)),
+        n_heads=n_kv * group, n_kv_heads=n_kv, max_seq_len=LENGTH, tied=bool(rng.integers(2)),
         rope_theta=float(rng.choice([500.0, 1e4, 5e5])), **changes,
     )  # fmt: skip
 
@@ -84,14 +112,15 @@ def run(engine: Engine, prompt: list[int], cuts: list[int]) -> tuple[list[int], 
     return tokens, np.concatenate(rows)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*BIASES, *ROPES])
 @pytest.mark.filterwarnings("ignore")
 def test_logits_and_greedy_tokens_are_transformers(tmp_path: Path, option: str) -> None:
     worst = 0.0
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
-        shape = random_shape(rng, **OPTIONS[option])
-        model = small_models.transformers_llama(shape, seed=seed)
+        shape = random_shape(rng, **BIASES.get(option, {}))
+        rope = random_rope(option, rng) if option in ROPES else None
+        model = small_models.transformers_llama(shape, seed=seed, rope=rope)
         model.save_pretrained(tmp_path / "hf")
         if seed % 3:
             file = tmp_path / "hf" / "config.json"
@@ -115,3 +144,74 @@ def test_logits_and_greedy_tokens_are_transformers(tmp_path: Path, option: str) 
         assert far(torch.cat(parts).numpy(), logits[: length + 9]) <= 1e-4
     print(f"{option}: {worst:.1e}")
     assert worst <= 1e-4
+
+
+# --- the angles themselves, far out
+
+
+@pytest.fixture(scope="module")
+def rope_c(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """lib/rope.c by itself, with its own ffi."""
+    from llama._lib import ROOT, ffi
+
+    out = tmp_path_factory.mktemp("rope") / "rope.so"
+    flags = ["-std=c11", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'lib'}"]
+    subprocess.run(["cc", *flags, ROOT / "lib" / "rope.c", "-o", out, "-lm"], check=True)
+    own = type(ffi)()
+    own.include(ffi)
+    header = (ROOT / "lib" / "rope.h").read_text()
+    own.cdef(re.sub(r"(?m)^#.*$", "", header))
+    return own, own.dlopen(str(out))
+
+
+FAR = [0, 1, 2, 47, 48, 49, 1000, 4097, 8191, 16384, 32769, 65535, 99_999, 100_000]
+
+
+@pytest.mark.parametrize("kind", ["default", *ROPES])
+@pytest.mark.filterwarnings("ignore")
+def test_angles_to_position_100000(tmp_path: Path, rope_c: tuple[Any, Any], kind: str) -> None:
+    """The frequencies are transformers' but for a last bit of pow here and there; cos and sin are
+    as near as that lets them be."""
+    ffi, lib = rope_c
+    same = total = 0
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        half, length = int(rng.choice([2, 13, 32, 40, 64])), int(rng.choice([LENGTH, 4096, 8192]))
+        theta = float(rng.choice([500.0, 1e4, 5e5, 1e6]))
+        rope = {"rope_type": "default"} if kind == "default" else random_rope(kind, rng)
+        settings = small_models.hf_settings(
+            small_models.config(head_dim=2 * half, max_seq_len=length),
+            rope_parameters={**rope, "rope_theta": theta}, pad_token_id=None,
+        )  # fmt: skip
+        for old in ("rope_theta", "rope_scaling"):
+            settings.pop(old)
+        theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+            transformers.LlamaConfig(**settings)
+        )
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        config = hf.config_of(Settings.read(tmp_path / "config.json"))
+        c = ffi.new("llama_config *")
+        c.head_dim, c.rope_theta, c.rope_scaling = 2 * half, theta, int(config.rope_scaling)
+        c.rope_numbers[0 : len(config.rope_numbers)] = config.rope_numbers
+        frequencies, cos, sin = (np.empty(half, np.float32) for _ in range(3))
+        at = [ffi.from_buffer("float[]", array) for array in (frequencies, cos, sin)]
+        lib.rope_frequencies(c, at[0])
+        right = theirs.inv_freq.numpy()
+        assert np.array_equal(plain.rope_frequencies(config).numpy(), right)
+        assert np.all(np.abs(frequencies - right) <= 2.5e-7 * right)
+        same, total = same + int((frequencies == right).sum()), total + half
+        scale = theirs.attention_scaling
+        for position in FAR:
+            with torch.inference_mode():
+                both = theirs(torch.zeros(1), torch.tensor([[position]]))
+            lib.rope_angles(c, at[0], position, at[1], at[2])
+            places = torch.tensor([position])
+            twin = plain.rope_angles(config, torch.from_numpy(right.copy()), places)
+            bound = 3e-7 * scale + np.abs(frequencies - right) * position * scale
+            bound += (frequencies != right) * position * right * 6e-8 * scale  # the product's
+            for ours, plainly, his in zip((cos, sin), twin, both, strict=True):
+                wanted = his[0, 0, :half].numpy()
+                assert np.all(np.abs(ours - wanted) <= bound), (seed, position)
+                assert np.array_equal(plainly[0].numpy(), wanted), (seed, position)
+    print(f"{kind}: {same} of {total} frequencies are the same to the last bit")
+    assert same >= 0.97 * total

@@ -205,6 +205,38 @@ def test_llama3_rope_is_recovered_from_its_tensor(
             load(tmp_path / "a.gguf")
 
 
+def test_yarn_rope(tmp_path: Path) -> None:
+    """The keys of llama.cpp, whose rope_yarn multiplies attn_factor by 1 + ln(factor) / 10."""
+
+    def yarn(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+
+    def more(writer: Any) -> None:
+        yarn(writer)
+        writer.add_rope_scaling_orig_ctx_len(8)
+        writer.add_rope_scaling_attn_factors(0.5)
+        writer.add_rope_scaling_yarn_beta_fast(16.0)
+        writer.add_rope_scaling_yarn_beta_slow(2.0)
+
+    write_gguf(tmp_path / "a.gguf", SHAPE, more=yarn)
+    config = load(tmp_path / "a.gguf").config
+    implied = 1 + np.log(4) / 10
+    assert config.rope_scaling == Rope.YARN
+    assert config.rope_numbers == pytest.approx((4.0, 32.0, 32.0, 1.0, implied, 1.0))
+    write_gguf(tmp_path / "a.gguf", SHAPE, more=more)
+    numbers = load(tmp_path / "a.gguf").config.rope_numbers
+    assert numbers == pytest.approx((4.0, 8.0, 16.0, 2.0, implied / 2, 1.0))
+
+    def half(writer: Any) -> None:
+        yarn(writer)
+        writer.add_rope_scaling_yarn_ext_factor(0.5)
+
+    write_gguf(tmp_path / "a.gguf", SHAPE, more=half)
+    with pytest.raises(LlamaError, match="yarn_ext_factor other than 1"):
+        load(tmp_path / "a.gguf")
+
+
 def test_linear_rope(tmp_path: Path) -> None:
     def linear(writer: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -218,7 +250,9 @@ def test_linear_rope(tmp_path: Path) -> None:
     "more, message",
     [
         (lambda w: w.add_expert_count(8), "llama.expert_count = 8 is not supported"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "type 'yarn' is not"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "type 'longrope' is"),
+        (lambda w: w.add_rope_scaling_attn_factors(1.2), "attn_factor other than 1"),
+        (lambda w: w.add_rope_scaling_yarn_log_mul(0.1), "yarn_log_multiplier = 0.1"),
         (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count: expected the head's 16"),
         (lambda w: w.add_logit_scale(2.0), "llama.logit_scale = 2.0"),
         (lambda w: w.add_tokenizer_model("bert"), "tokenizer.ggml.tokens: expected a list"),

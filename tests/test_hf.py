@@ -141,7 +141,19 @@ def test_rope_as_transformers_4_and_5_write_it(tmp_path: Path) -> None:
     assert three.rope_numbers == (32.0, 1.0, 4.0, 8192.0)
     five = {"rope_type": "llama3", "rope_theta": 1e4, **numbers}
     assert config_of(folder, rope_parameters=five, rope_theta=None) == three
-    for kind in ("yarn", "dynamic", "longrope"):
+    numbers = {"factor": 4.0, "original_max_position_embeddings": 16}
+    yarn = config_of(folder, rope_scaling={"type": "yarn", **numbers})
+    assert yarn.rope_scaling == Rope.YARN
+    assert yarn.rope_numbers == pytest.approx((4.0, 16.0, 32.0, 1.0, 0.1 * np.log(4) + 1, 1.0))
+    five = {"rope_type": "yarn", "rope_theta": 1e4, **numbers}
+    assert config_of(folder, rope_parameters=five, rope_theta=None) == yarn
+    told = {"factor": None, "mscale": 2, "mscale_all_dim": 1.0, "beta_fast": 0, "truncate": False}
+    yarn = config_of(folder, rope_scaling=numbers | {"type": "yarn"} | told)
+    attention = (0.2 * np.log(2) + 1) / (0.1 * np.log(2) + 1)  # 32 positions, of 16 at first
+    assert yarn.rope_numbers == pytest.approx((2.0, 16.0, 32.0, 1.0, attention, 0.0))
+    beside = {"original_max_position_embeddings": 8, "rope_scaling": {"type": "yarn", **numbers}}
+    assert config_of(folder, **beside).rope_numbers[1] == 8  # as transformers has it
+    for kind in ("dynamic", "longrope"):
         with pytest.raises(LlamaError, match=f"rope type {kind} is not supported"):
             config_of(folder, rope_scaling={"type": kind, "factor": 2.0})
 

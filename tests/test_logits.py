@@ -50,6 +50,10 @@ SHAPES: dict[str, Config] = {
         **ODD, n_heads=2, n_kv_heads=1, head_dim=32, n_layers=3, rope_theta=500.0,
         rope_scaling=Rope.LLAMA3, rope_numbers=(8.0, 1.0, 4.0, 64.0),
     ),
+    "yarn": small_models.config(
+        **ODD, n_heads=2, n_kv_heads=1, head_dim=32, rope_theta=500.0, rope_scaling=Rope.YARN,
+        rope_numbers=(4.0, 40.0, 8.0, 1.0, 1.25, 1.0),
+    ),
     "biases": small_models.config(
         **ODD, n_heads=4, n_kv_heads=2, head_dim=10, attention_bias=True, mlp_bias=True,
     ),

@@ -64,10 +64,11 @@ static void embed_range(void *context, size_t first, size_t last) {
 
 static void embed(struct part *p) {
     struct cpu *c = p->cpu;
-    const size_t half = c->model->config.head_dim / 2;
+    const llama_config *f = &c->model->config;
+    const size_t half = f->head_dim / 2;
     pool_run(c->pool, p->n, 4, embed_range, p);
     for (size_t i = 0; i < p->n; i++)
-        rope_angles(c->frequencies, half, p->positions[i], c->cos + i * half, c->sin + i * half);
+        rope_angles(f, c->frequencies, p->positions[i], c->cos + i * half, c->sin + i * half);
 }
 
 struct norming {

@@ -47,7 +47,7 @@ NEUTRAL = {
     "embedding_scale": 1, "attention.scale": 0, "attention.causal": True, "pooling_type": 0,
     "attention.sliding_window": 0, "attention.max_alibi_bias": 0, "attention.clamp_kqv": 0,
     "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "use_parallel_residual": False,
-    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0, "rope.scaling.yarn_attn_factor": 1,
 }  # fmt: skip
 
 
@@ -164,14 +164,19 @@ def _rope(
     factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0))
     if "llama.rope.scaling.type" not in fields.metadata and factor != 1:
         kind = "linear"  # as llama.cpp reads files from before the type was written
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise LlamaError(f"{path}: llama.rope.scaling.type {_short(kind)} is not supported")
+    for key in ("attn_factor",) * (kind != "yarn") + ("yarn_ext_factor",) * (kind == "yarn"):
+        if fields.real(f"rope.scaling.{key}", 1.0) != 1:
+            raise LlamaError(f"{path}: llama.rope.scaling.{key} other than 1 is not supported")
     if freqs is None:
+        if kind == "yarn":
+            return Rope.YARN, _yarn(fields, factor or 1.0)
         if kind == "linear" and factor not in (0, 1):
             return Rope.LINEAR, (factor,)
         return Rope.PLAIN, ()
-    if kind == "linear":
-        raise LlamaError(f"{path}: both rope_freqs.weight and linear rope scaling")
+    if kind != "none":
+        raise LlamaError(f"{path}: both rope_freqs.weight and {kind} rope scaling")
     if freqs.shape != (head_dim // 2,):
         raise LlamaError(
             f"{path}: rope_freqs.weight: expected {head_dim // 2} numbers, found {freqs.shape}"
@@ -183,6 +188,19 @@ def _rope(
         if np.allclose(found, _llama3_factors(theta, head_dim, numbers), rtol=1e-4):
             return Rope.LLAMA3, numbers
     raise LlamaError(f"{path}: rope_freqs.weight fits none of the published llama3 rope scalings")
+
+
+def _yarn(fields: _Fields, factor: float) -> tuple[float, ...]:
+    """The numbers of docs/format.md; llama.cpp multiplies attn_factor by what factor implies."""
+    implied = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return (
+        factor,
+        float(fields.count("rope.scaling.original_context_length", fields.count("context_length"))),
+        fields.real("rope.scaling.yarn_beta_fast", 32.0),
+        fields.real("rope.scaling.yarn_beta_slow", 1.0),
+        fields.real("rope.scaling.attn_factor", 1.0) * implied,
+        1.0,
+    )
 
 
 def _llama3_factors(theta: float, head_dim: int, numbers: tuple[float, ...]) -> list[float]:

@@ -7,6 +7,7 @@ not compute is refused by its name.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def load(path: Path, options: Options) -> Checkpoint:
     """Reads the configuration and the weights' directories; weights stay where they are."""
     settings = Settings.read(path / "config.json")
-    config = _config(settings)
+    config = config_of(settings)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _weights(path).items():
         if not BUFFERS.fullmatch(name):
@@ -84,7 +85,8 @@ def _meta_name(path: Path, name: str) -> str:
     return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
 
 
-def _config(settings: Settings) -> Config:
+def config_of(settings: Settings) -> Config:
+    """What config.json says of the network; no token ids, which the tokenizer knows."""
     architectures = settings.values.get("architectures") or ["LlamaForCausalLM"]
     if architectures not in [[name] for name in ARCHITECTURES]:
         raise LlamaError(
@@ -134,13 +136,34 @@ def _rope(settings: Settings) -> tuple[float, Rope, tuple[float, ...]]:
         return theta, Rope.PLAIN, ()
     if kind == "linear":
         return theta, Rope.LINEAR, (rope.real("factor"),)
+    length = settings.count("max_position_embeddings", 2048)
+    original = rope.count("original_max_position_embeddings", length)
+    original = settings.count("original_max_position_embeddings", original)
     if kind == "llama3":
-        original = rope.count(
-            "original_max_position_embeddings", settings.count("max_position_embeddings", 2048)
-        )
         numbers = [rope.real(k) for k in ("factor", "low_freq_factor", "high_freq_factor")]
         return theta, Rope.LLAMA3, (*numbers, float(original))
+    if kind == "yarn":
+        return theta, Rope.YARN, _yarn(rope, length, original)
     raise LlamaError(f"{settings.path}: rope type {kind[:40]} is not supported")
+
+
+def _yarn(rope: Settings, length: int, original: int) -> tuple[float, ...]:
+    """The numbers of docs/format.md, with transformers' rules for those that are not given."""
+    factor = rope.real("factor", length / max(original, 1))
+
+    def attention(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    over, under = rope.real("mscale", 0.0), rope.real("mscale_all_dim", 0.0)
+    implied = attention(over) / attention(under) if over and under else attention(1.0)
+    return (
+        factor,
+        float(original),
+        rope.real("beta_fast", 32.0) or 32.0,
+        rope.real("beta_slow", 1.0) or 1.0,
+        rope.real("attention_factor", implied),
+        float(rope.flag("truncate", True)),
+    )
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
