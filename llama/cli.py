@@ -170,7 +170,9 @@ def _biases(words: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
+def open_model(
+    args: argparse.Namespace, template: str | None = None, date: str | None = None
+) -> Any:
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     path = args.bin
     if path is None:
@@ -182,6 +184,7 @@ def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
     return Llama(
         path, threads=args.threads, device=args.device, max_seq_len=args.max_seq_len, kv=args.kv,
         activations=args.activations, isa=args.isa, template=template,
+        date=date,
     )  # fmt: skip
 
 
