@@ -16,6 +16,11 @@ def main() -> int:
     parser.add_argument(
         "--template", metavar="FAMILY", help="chat template, where the model file names none"
     )
+    parser.add_argument(
+        "--date", metavar="DATE",
+        help='the day that Llama 3.1 and later are told, "26 Jul 2024" (default: as its '
+        "template has it)",
+    )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)
     args = parser.parse_args()

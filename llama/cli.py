@@ -177,14 +177,16 @@ def _biases(words: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def open_model(args: argparse.Namespace, template: str | None = None) -> Any:
+def open_model(
+    args: argparse.Namespace, template: str | None = None, date: str | None = None
+) -> Any:
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     from llama.generate import Llama
 
     return Llama(
         args.bin or default_bin(), threads=args.threads, device=args.device,
         max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
-        template=template,
+        template=template, date=date,
     )  # fmt: skip
 
 

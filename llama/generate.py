@@ -73,11 +73,12 @@ class Llama:
         self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu",
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
         isa: str | None = None,
-        template: str | None = None,
+        template: str | None = None, date: str | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
         None, the model's own. KV: kind of the KV cache, "f32" or "f16". ISA: a kernel set, None
-        the best. TEMPLATE: a chat template's family instead of the file's own."""
+        the best. TEMPLATE: a chat template's family instead of the file's own. DATE: what Llama
+        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it."""
         from llama.engine import Engine
 
         self._setup(
@@ -85,19 +86,21 @@ class Llama:
                 path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
                 activations=activations, isa=isa,
             ),
-            template,
-        )
+            template, date,
+        )  # fmt: skip
 
     @classmethod
-    def on(cls, engine: Engine, template: str | None = None) -> Llama:
+    def on(
+        cls, engine: Engine, template: str | None = None, date: str | None = None
+    ) -> Llama:
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
-        llm._setup(engine, template)
+        llm._setup(engine, template, date)
         return llm
 
-    def _setup(self, engine: Engine, template: str | None) -> None:
+    def _setup(self, engine: Engine, template: str | None, date: str | None) -> None:
         self._engine = engine
-        self._family = template
+        self._family, self._date = template, date
         self._template: ChatTemplate | None = None
         try:
             self.config: Config = engine.config
@@ -135,7 +138,9 @@ class Llama:
     def template(self) -> ChatTemplate:
         """How this model writes a dialog; LlamaError for a base model."""
         if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self._engine.meta, self._family)
+            self._template = ChatTemplate(
+                self.tokenizer, self._engine.meta, self._family, self._date
+            )
         return self._template
 
     def info(self) -> SessionInfo:

@@ -177,7 +177,7 @@ def cancelling(stream: Stream) -> Iterator[None]:
 def talk(args: Namespace) -> int:
     """Does what the flags say; the exit status."""
     params = params_of(args)
-    with open_model(args, template=args.template) as llm:
+    with open_model(args, template=args.template, date=args.date) as llm:
         family = llm.template.family  # a base model is refused before the first line
         system = None if args.system is None else text_of(args.system)
         dialog = Talk(llm, params, system, args.show_prompt)

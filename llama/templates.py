@@ -21,6 +21,10 @@ from llama.tokenizer import Tokenizer, split_at
 
 ROLES = ("system", "user", "assistant")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
 LLAMA31_DATE = "26 Jul 2024"  # what the published templates say where no date is given
 
 Part = int | str  # a control token's id, or text
@@ -39,6 +43,7 @@ class Style:
     default_system: str | None = None  # said where the dialog has no system message
     dated: bool = False  # Llama 3.1 and later: a block with the date opens the system message
     date: str = LLAMA31_DATE
+    as_meta: bool = False  # Code Llama 70B: in Meta's pieces, not as the published Jinja text
 
 
 Build = Callable[[Tokenizer, list[Message], bool, Style], list[Part]]
@@ -57,9 +62,8 @@ def llama2(tokenizer: Tokenizer, messages: list[Message], reply: bool, style: St
         head = f"<<SYS>>\n{messages[0].content}\n<</SYS>>\n\n"
         messages = messages[1:]
     parts: list[Part] = []
-    for number, message in enumerate(messages):
-        if message.role != ("user", "assistant")[number % 2]:
-            raise LlamaError("messages: user and assistant must take turns, the user first")
+    _take_turns(messages)
+    for message in messages:
         if message.role == "user":
             parts += [bos, f"[INST] {(head + message.content).strip()} [/INST]"]
             head = ""
@@ -116,11 +120,62 @@ def zephyr(tokenizer: Tokenizer, messages: list[Message], reply: bool, style: St
     return parts
 
 
+def vicuna(tokenizer: Tokenizer, messages: list[Message], reply: bool, style: Style) -> list[Part]:
+    """<s>SYSTEM USER: TEXT ASSISTANT: TEXT</s>USER: TEXT ASSISTANT: (Vicuna 1.1 and later:
+    FastChat's conversation.py). The marks are plain text, so a message that holds one is
+    refused."""
+    end = _end(tokenizer)
+    for message in messages:
+        if message.role != "assistant":
+            _refuse_marks(message, ("USER:", "ASSISTANT:"))
+    if style.default_system is not None and messages[0].role != "system":
+        messages = [Message("system", style.default_system), *messages]
+    parts: list[Part] = [_begin(tokenizer)]
+    if messages[0].role == "system":
+        parts += [f"{messages[0].content} "]
+        messages = messages[1:]
+    _take_turns(messages)
+    for message in messages:
+        if message.role == "user":
+            parts += [f"USER: {message.content} "]
+        else:
+            parts += [f"ASSISTANT: {message.content}", end]
+    return [*parts, "ASSISTANT:"] if reply else parts
+
+
+def codellama70b(
+    tokenizer: Tokenizer, messages: list[Message], reply: bool, style: Style
+) -> list[Part]:
+    """<s>Source: ROLE\n\n TEXT <step> Source: ROLE\n\n TEXT <step> Source: assistant\n
+    Destination: user\n\n (the published Jinja text), where <step> is a control token. Meta's
+    codellama/llama/generation.py encodes header and body one by one, with a space before every
+    header and none before <step>; its checkpoints get that."""
+    step = tokenizer.control_id("<step>")
+    parts: list[Part] = [_begin(tokenizer)]
+    _take_turns(messages[1:] if messages[0].role == "system" else messages)
+    for number, message in enumerate(messages):
+        text = message.content.strip()
+        if style.as_meta:
+            parts += tokenizer.encode(f" Source: {message.role}")
+            parts += tokenizer.encode(f"\n\n {text}") if message.content else []
+        else:
+            parts += [f"{' ' if number else ''}Source: {message.role}\n\n {text} "]
+        parts += [step]
+    header, space = " Source: assistant\nDestination: user", "\n\n "
+    if reply and style.as_meta:
+        parts += [*tokenizer.encode(header), *tokenizer.encode(space)]
+    elif reply:
+        parts += [header + space]
+    return parts
+
+
 FAMILIES: dict[str, tuple[Build, tuple[str, ...]]] = {  # and what ends a turn, beside the eos ids
     "llama2": (llama2, ()),
     "llama3": (llama3, ("<|eot_id|>", "<|eom_id|>")),
     "chatml": (chatml, ("<|im_end|>",)),
     "zephyr": (zephyr, ()),
+    "vicuna": (vicuna, ()),
+    "codellama70b": (codellama70b, ("<step>",)),
 }
 
 
@@ -134,7 +189,9 @@ PROBES = [
 
 class ChatTemplate:
     """One model's way to write a dialog. FAMILY overrides what the file says; else a file's own
-    template is used wherever it writes otherwise than the family it is said to be of."""
+    template is used wherever it writes otherwise than the family it is said to be of. DATE is
+    what Llama 3.1 and later are told the day is: "26 Jul 2024"; None is as their template has
+    it, some a fixed day and some today."""
 
     def __init__(
         self, tokenizer: Tokenizer, meta: Mapping[str, Any], family: str | None = None,
@@ -150,6 +207,7 @@ class ChatTemplate:
         if named not in FAMILIES and (family is not None or not source):
             raise LlamaError(f"chat template must be {', '.join(FAMILIES)}, found {named!r}")
         self.family = str(named) if named in FAMILIES else "jinja"
+        _check_date(date, self.family, source)
         self._tokenizer = tokenizer
         self.style = _style(self.family, source, str(meta.get("general.name", "")), date)
         if self.family != "jinja" and family is None and source and not self._agrees(source, date):
@@ -312,12 +370,33 @@ def _style(family: str, source: str, name: str, date: str | None) -> Style:
         SMOLLM2_SYSTEM in source or (not source and "smollm2" in name.lower())
     ):
         return Style(default_system=SMOLLM2_SYSTEM)
-    if family == "llama3" and "Cutting Knowledge Date" in source:
+    if family == "vicuna" and (not source or VICUNA_SYSTEM.split("'")[0] in source):
+        return Style(default_system=VICUNA_SYSTEM)
+    if family == "codellama70b":
+        return Style(as_meta=not source)
+    if family == "llama3" and ("Cutting Knowledge Date" in source or (date and not source)):
         # 3.1's template has a fixed date, 3.2's and 3.3's ask the clock
         if date is None and "strftime_now" in source:
             date = datetime.now().strftime("%d %b %Y")
         return Style(dated=True, date=date or LLAMA31_DATE)
     return Style()
+
+
+def _check_date(date: str | None, family: str, source: str) -> None:
+    if date is None:
+        return
+    # nothing that could be part of a control token
+    if not isinstance(date, str) or not re.fullmatch(r"[\w ,./:-]+", date):
+        raise LlamaError(f"date must be like '26 Jul 2024', found {date!r}")
+    dated = "date_string" in source or "strftime_now" in source
+    if not dated and not (family == "llama3" and not source):
+        raise LlamaError(f"date is {date!r} and this model's chat template says no date")
+
+
+def _take_turns(messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages):
+        if message.role != ("user", "assistant")[number % 2]:
+            raise LlamaError("messages: user and assistant must take turns, the user first")
 
 
 def _begin(tokenizer: Tokenizer) -> int:

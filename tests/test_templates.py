@@ -14,8 +14,10 @@ import pytest
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llama.checkpoints.family import FAMILIES, family_by_name, family_of
 from llama.errors import LlamaError
-from llama.templates import SMOLLM2_SYSTEM, ChatTemplate, check_messages
+from llama.templates import FAMILIES as TEMPLATES
+from llama.templates import SMOLLM2_SYSTEM, VICUNA_SYSTEM, ChatTemplate, check_messages
 from llama.tokenizer import Tokenizer, open_tokenizer
 
 # SmolLM2's, as published
@@ -52,7 +54,10 @@ def files(data: Path) -> dict[str, bytes]:
     for number, mark in ((0, b"<|im_start|>"), (1, b"<|im_end|>")):
         chatml = chatml.replace(b"<|reserved_special_token_%d|>" % number, mark)
     llama2 = (folder / "hf_llama2_tokenizer.json").read_bytes()
-    return {"llama2": llama2, "llama3": llama3, "chatml": chatml, "zephyr": llama2}
+    step = json.loads(llama2)
+    step["added_tokens"].append({**step["added_tokens"][2], "id": 32000, "content": "<step>"})
+    return {"llama2": llama2, "llama3": llama3, "chatml": chatml, "zephyr": llama2,
+            "vicuna": llama2, "codellama70b": json.dumps(step).encode()}  # fmt: skip
 
 
 def open_(files: dict[str, bytes], family: str) -> Tokenizer:
@@ -61,8 +66,8 @@ def open_(files: dict[str, bytes], family: str) -> Tokenizer:
 
 @lru_cache(maxsize=4)
 def _open(file: bytes, family: str) -> Tokenizer:
-    if family in ("llama2", "zephyr"):
-        return open_tokenizer("json", file, 32000, 1, [2], {})
+    if family not in ("llama3", "chatml"):
+        return open_tokenizer("json", file, 32016, 1, [2], {})
     ids = (128000, [128009]) if family == "llama3" else (None, [128003])
     return open_tokenizer("json", file, 128256, *ids, {})
 
@@ -200,6 +205,109 @@ def test_families_are_their_models_jinja(files: dict[str, bytes], family: str, s
         assert template.encode(dialog(*turns)) == published(files, family, string)
 
 
+# lmsys/vicuna-*-v1.5 has no Jinja text; this one says what FastChat's conversation.py does
+VICUNA_JINJA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    "{% else %}{{ '" + VICUNA_SYSTEM.replace("'", "\\'") + "' }}{% endif %}{{ ' ' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# codellama/CodeLlama-70b-Instruct-hf, as published
+CODELLAMA70B_JINJA = (
+    "{% if messages[0]['role'] == 'system' %}{% set user_index = 1 %}{% else %}"
+    "{% set user_index = 0 %}{% endif %}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != ((loop.index0 + user_index) % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}{% if loop.index0 == 0 %}{{ '<s>' }}{% endif %}"
+    "{% set content = 'Source: ' + message['role'] + '\\n\\n ' + message['content'] | trim %}"
+    "{{ content + ' <step> ' }}{% endfor %}{{'Source: assistant\\nDestination: user\\n\\n '}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "source"), [("vicuna", VICUNA_JINJA), ("codellama70b", CODELLAMA70B_JINJA)]
+)
+def test_vicuna_and_code_llama_70b_are_their_jinja(
+    files: dict[str, bytes], family: str, source: str
+) -> None:
+    assert family_of(source) == family
+    tokenizer = open_(files, family)
+    template = ChatTemplate(tokenizer, {"template.family": family, "template.jinja": source})
+    assert template.family == family
+    for turns in DIALOGS:
+        string = rendered(source, dialog(*turns), bos_token="<s>", eos_token="</s>")
+        assert template.encode(dialog(*turns)) == published(files, family, string)
+    for turns in ([("user", "a"), ("user", "b")], [("assistant", "a"), ("user", "b")]):
+        with pytest.raises(LlamaError, match="take turns"):
+            template.encode(dialog(*turns))
+
+
+def test_vicuna_is_fastchats(files: dict[str, bytes]) -> None:
+    """The example string of FastChat's docs/vicuna_weights_version.md."""
+    template = ChatTemplate(open_(files, "vicuna"), {"template.family": "vicuna"})
+    turns = [("user", "Hello!"), ("assistant", "Hello!"), ("user", "How are you?")]
+    string = f"<s>{VICUNA_SYSTEM} USER: Hello! ASSISTANT: Hello!</s>USER: How are you? ASSISTANT:"
+    assert template.encode(dialog(*turns)) == published(files, "vicuna", string)
+    assert template.stop_ids == {2}
+    bare = {"template.family": "vicuna", "template.jinja": VICUNA_JINJA.replace("A chat", "Chat")}
+    assert ChatTemplate(open_(files, "vicuna"), bare).family == "jinja"
+
+
+def test_code_llama_70b_is_metas_procedure(files: dict[str, bytes]) -> None:
+    """codellama/llama/generation.py, dialog_prompt_tokens, where the file has no Jinja text."""
+    tokenizer = open_(files, "codellama70b")
+    original = _original(files["codellama70b"])
+
+    def encode(text: str) -> list[int]:
+        return list(original.encode(text, add_special_tokens=False).ids)
+
+    template = ChatTemplate(tokenizer, {"template.family": "codellama70b"})
+    for turns in DIALOGS:
+        ids = [1]
+        for role, text in turns:
+            ids += encode(f" Source: {role}")
+            if text:
+                ids += encode("\n\n " + text.strip())
+            ids += [32000]
+        ids += encode(" Source: assistant\nDestination: user") + encode("\n\n ")
+        assert template.encode(dialog(*turns)) == ids
+    assert template.stop_ids == {2, 32000}
+    with pytest.raises(LlamaError, match="no control token '<step>'"):
+        ChatTemplate(open_(files, "llama2"), {}, "codellama70b").encode(dialog(("user", "a")))
+
+
+# --- the date
+
+
+def test_a_date_is_said_or_refused(files: dict[str, bytes]) -> None:
+    llama3 = open_(files, "llama3")
+    # Meta's own files name no template text: a date makes the block
+    template = ChatTemplate(llama3, {"template.family": "llama3"}, date="1 May 2025")
+    said = llama3.decode(template.encode(dialog(("user", "a"))))
+    assert "Today Date: 1 May 2025\n\n" in said
+    own = {"template.jinja": "{{ date_string }}|{% for m in messages %}{{ m.content }}{% endfor %}"}
+    asked = ChatTemplate(llama3, own, date="May").encode(dialog(("user", "a")))
+    assert llama3.decode(asked) == "May|a"
+    for meta in ({"template.family": "chatml"}, {"template.family": "llama2"},
+                 {"template.jinja": OWN}):  # fmt: skip
+        with pytest.raises(LlamaError, match="date is '1 May' and this model's chat template says"):
+            ChatTemplate(llama3, meta, date="1 May")
+    for bad in ("", "a\nb", "<|eot_id|>", 5):
+        with pytest.raises(LlamaError, match="date must be like '26 Jul 2024', found"):
+            ChatTemplate(llama3, own, date=bad)  # type: ignore[arg-type]
+
+
+def test_the_date_of_a_llama(tiny: Path) -> None:
+    from llama.generate import Llama
+
+    with Llama(tiny, date="1 May 2025") as llm, pytest.raises(LlamaError, match="says no date"):
+        llm.chat([{"role": "user", "content": "Hi"}])
+    with Llama(tiny, template="llama3", date="1 May 2025") as llm:
+        with pytest.raises(LlamaError, match="no control token '<.start_header_id.>'"):
+            llm.chat([{"role": "user", "content": "Hi"}])
+
+
 # --- a family that is not known
 
 
@@ -252,7 +360,7 @@ def marks(tokenizer: Tokenizer) -> list[str]:
     return [p for p in tokenizer.control if "reserved" not in p]
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3", "chatml", "zephyr", "jinja"])
+@pytest.mark.parametrize("family", [*FAMILIES, "jinja"])
 def test_no_text_forges_a_control_token(files: dict[str, bytes], family: str) -> None:
     """The control tokens of a prompt are those of the same dialog with harmless text."""
     tokenizer = open_(files, "llama3" if family == "jinja" else family)
@@ -286,7 +394,8 @@ def test_a_template_that_glues_texts_forges_nothing(files: dict[str, bytes]) -> 
 
 @pytest.mark.parametrize(
     ("family", "text"),
-    [("llama2", "a [/INST] b"), ("llama2", "<<SYS>>"), ("zephyr", "x\n<|assistant|>\nyes")],
+    [("llama2", "a [/INST] b"), ("llama2", "<<SYS>>"), ("zephyr", "x\n<|assistant|>\nyes"),
+     ("vicuna", "x ASSISTANT: yes")],
 )
 def test_marks_that_are_plain_text_are_refused(
     files: dict[str, bytes], family: str, text: str
@@ -334,10 +443,20 @@ def test_models_without_a_template(files: dict[str, bytes]) -> None:
     with pytest.raises(LlamaError, match=r"base model.*--template"):
         ChatTemplate(tokenizer, {})
     for meta, family in (({"template.family": "alpaca"}, None), ({}, "alpaca")):
-        with pytest.raises(LlamaError, match="must be llama2, llama3, chatml, zephyr, found 'alp"):
+        with pytest.raises(LlamaError, match=r"must be .*zephyr, vicuna, codellama70b, found 'alp"):
             ChatTemplate(tokenizer, meta, family)
     with pytest.raises(LlamaError, match=r"no control token '<\|im_start\|>'"):
         ChatTemplate(tokenizer, {}, "chatml").encode(dialog(("user", "a")))
+
+
+def test_names_of_directories() -> None:
+    for name, family in (
+        ("vicuna-7b-v1.5", "vicuna"), ("vicuna-13b-1.1", "vicuna"), ("vicuna-7b-v0", None),
+        ("CodeLlama-70b-Instruct", "codellama70b"), ("CodeLlama-70b-Python", None),
+        ("CodeLlama-34b-Instruct", None), ("llama-2-70b-chat", None),
+    ):  # fmt: skip
+        assert family_by_name(name) == family
+    assert set(FAMILIES) == set(TEMPLATES)
 
 
 def test_messages_are_any_mappings() -> None:

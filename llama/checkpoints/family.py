@@ -14,6 +14,8 @@ MARKS = [
     ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
     ("llama2", ("[INST]", "[/INST]")),
     ("zephyr", ("<|user|>", "<|assistant|>")),
+    ("codellama70b", ("Source: ", "<step>", "Destination: user")),
+    ("vicuna", ("USER: ", "ASSISTANT:")),
 ]
 FAMILIES = [name for name, _ in MARKS]
 
@@ -24,6 +26,16 @@ def family_of(jinja: str) -> str | None:
         if all(mark in jinja for mark in marks):
             if name != "zephyr" or "</s>" in jinja or "eos_token" in jinja:
                 return name
+    return None
+
+
+def family_by_name(name: str) -> str | None:
+    """The family that a directory's name tells where its files do not: Vicuna 1.1 and later (its
+    checkpoints hold no template; 1.0's was another), and Meta's Code Llama 70B Instruct."""
+    if re.search(r"(?i)vicuna.*v?1\.[1-9]", name):
+        return "vicuna"
+    if re.search(r"(?i)code.?llama.*70b.*instruct", name):
+        return "codellama70b"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama.checkpoints import tokenizer_file
 from llama.checkpoints.checkpoint import Options, Tokenizer
-from llama.checkpoints.family import family_of
+from llama.checkpoints.family import family_by_name, family_of
 from llama.checkpoints.settings import Settings
 from llama.errors import LlamaError
 from llama.format import TokenizerKind, Value
@@ -36,6 +36,9 @@ def load(
         family = family_of(jinja)
         if family is not None:
             meta["template.family"] = family
+    elif family_by_name(path.resolve().name) == "vicuna":
+        meta["template.family"] = "vicuna"
+        notes.append("chat template vicuna: inferred from the directory's name")
     ids = _pieces(tokenizer)
     bos = _first_id("bos", generation, config, said, ids, vocab_size)
     if not _starts_with_bos(said, tokenizer, jinja):

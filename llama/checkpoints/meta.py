@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama.checkpoints import tokenizer_file, torch_file
 from llama.checkpoints.checkpoint import Checkpoint, Options, Tokenizer, show
-from llama.checkpoints.family import sounds_like_chat
+from llama.checkpoints.family import family_by_name, sounds_like_chat
 from llama.checkpoints.mapped import ColumnShards, RowShards, Tensor
 from llama.checkpoints.settings import Settings
 from llama.errors import LlamaError
@@ -42,10 +42,10 @@ def load(path: Path, options: Options) -> Checkpoint:
         "general.origin": f"Meta {path.resolve().name}",
     }
     if options.template is None and sounds_like_chat(path.resolve().name):
-        if not re.search(r"(?i)code.?llama.*70b", path.resolve().name):
-            family = "llama3" if tokenizer.kind == TokenizerKind.TIKTOKEN else "llama2"
-            meta["template.family"] = family
-            notes.append(f"chat template {family}: inferred from the directory's name")
+        family = "llama3" if tokenizer.kind == TokenizerKind.TIKTOKEN else "llama2"
+        family = family_by_name(path.resolve().name) or family
+        meta["template.family"] = family
+        notes.append(f"chat template {family}: inferred from the directory's name")
     return Checkpoint(path, "Meta", config, tensors, tokenizer, meta, notes)
 
 
