@@ -254,6 +254,18 @@ def test_llama3_directory(data: Path, tmp_path: Path) -> None:
     assert load(folder).config.bos_id is None
 
 
+def test_vicuna_is_known_by_its_name(data: Path, tmp_path: Path) -> None:
+    """Its checkpoints hold no template."""
+    shape = small_models.config(vocab_size=32000)
+    model = (data / "tokenizers/llama2_tokenizer.model").read_bytes()
+    for name, family in (("vicuna-7b-v1.5", "vicuna"), ("some-7b", None)):
+        folder = small_models.write_hf(tmp_path / name, shape, small_models.weights(shape))
+        (folder / "tokenizer.model").write_bytes(model)
+        found = load(folder)
+        assert found.meta.get("template.family") == family
+        assert any("chat template vicuna: inferred" in note for note in found.notes) == bool(family)
+
+
 def test_which_tokenizer(data: Path, tmp_path: Path) -> None:
     shape = small_models.config(vocab_size=32003)
     folder = small_models.write_hf(tmp_path / "hf", shape, small_models.weights(shape))

@@ -75,6 +75,9 @@ def test_tokenizers_are_told_apart_by_content(data: Path, tmp_path: Path) -> Non
     assert (two.config.bos_id, two.config.eos_ids) == (1, (2,))
     assert two.meta["template.family"] == "llama2"
     assert any("inferred from the directory's name" in note for note in two.notes)
+    (tmp_path / "up/two-chat").rename(tmp_path / "up/CodeLlama-70b-Instruct")
+    code = load(tmp_path / "up/CodeLlama-70b-Instruct")
+    assert code.meta["template.family"] == "codellama70b"
 
     shape = small_models.config(vocab_size=128256)
     folder = small_models.write_meta(
