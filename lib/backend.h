@@ -15,6 +15,7 @@ struct rows {
     const int32_t *positions;             // (n)
     const uint8_t *want;                  // (n): 1 where logits are asked for; or NULL
     const struct sequence *const *of;     // (n) each row's sequence
+    const int32_t *rope_lengths;          // (n) for rope_length; or NULL, all 0
 };
 
 struct backend {

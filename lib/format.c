@@ -89,7 +89,7 @@ static int check_envelope(struct file *f) {
 }
 
 static int check_rope(const struct file *f) {
-    static const uint32_t counts[] = {0, 1, 4, 6}; // numbers of each kind, in LLAMA_ROPE_'s order
+    static const uint32_t counts[] = {0, 1, 4, 6, 2}; // how many numbers each LLAMA_ROPE_ has
     const llama_config *c = &f->config;
     const float *numbers = c->rope_numbers;
     if (c->rope_scaling >= sizeof counts / sizeof *counts)
@@ -101,6 +101,8 @@ static int check_rope(const struct file *f) {
             return fail("%s: impossible config: rope scaling number %u is %g", f->path, i,
                         (double)numbers[i]);
     }
+    if (c->rope_scaling == LLAMA_ROPE_DYNAMIC && c->head_dim == 2)
+        return fail("%s: impossible config: dynamic rope scaling with a head_dim of 2", f->path);
     if (c->rope_scaling == LLAMA_ROPE_LLAMA3 && numbers[2] <= numbers[1])
         return fail("%s: impossible config: llama3 rope scaling from %g to %g", f->path,
                     (double)numbers[1], (double)numbers[2]);

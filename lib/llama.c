@@ -238,6 +238,9 @@ static int batch_check(const llama_session *s, const llama_batch *b,
         if ((uint32_t)at != ends[sequence])
             return fail("position %d of sequence %d, expected %u, its length", at, sequence,
                         ends[sequence]);
+        const int32_t length = b->rope_lengths ? b->rope_lengths[i] : 0;
+        if (length < 0 || (uint32_t)length > s->info.max_seq_len)
+            return fail("rope length %d, expected 0 to %u", length, s->info.max_seq_len);
         ends[sequence]++;
         *wanted += b->want && b->want[i];
     }
@@ -267,7 +270,7 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
         rc = cache_reserve(&s->cache, i, ends[i]);
     if (!rc) {
         for (size_t i = 0; i < b->n; i++) of[i] = &s->cache.sequences[b->sequences[i]];
-        const struct rows rows = {b->n, b->tokens, b->positions, b->want, of};
+        const struct rows rows = {b->n, b->tokens, b->positions, b->want, of, b->rope_lengths};
         rc = s->backend->forward(s->state, &rows, logits ? logits : s->kept);
     }
     free(of);

@@ -39,7 +39,8 @@ enum {
     LLAMA_ROPE_PLAIN = 0,
     LLAMA_ROPE_LINEAR = 1,
     LLAMA_ROPE_LLAMA3 = 2,
-    LLAMA_ROPE_YARN = 3
+    LLAMA_ROPE_YARN = 3,
+    LLAMA_ROPE_DYNAMIC = 4
 };
 enum {
     LLAMA_TOKENIZER_NONE = 0,
@@ -159,13 +160,21 @@ int llama_get_session_info(llama_session *session, llama_session_info *info);
  * its length, so that no position is ever written twice: llama_trim first to go back.
  * A row with want[i] != 0 yields logits; want NULL asks for none.
  * Each row's logits are the same to the last bit alone or in any batch, for any split of a
- * prompt into calls, and for any number of threads. */
+ * prompt into calls, and for any number of threads.
+ *
+ * Under LLAMA_ROPE_DYNAMIC the rotary base depends on how long the text is: row i has that of
+ * max(rope_lengths[i], positions[i] + 1) tokens. Rows of a prompt are given the whole prompt's
+ * length, in whichever call they come; rows that follow it may have the same number or 0. Stored
+ * keys stay as they were turned, so a prefix that was computed for one length is not that of a
+ * prompt of another (llama_trim, llama_fork), unless neither is longer than the model's original
+ * length. Other models do not look at rope_lengths. */
 typedef struct {
     size_t n;
     const int32_t *tokens;    // (n), 0 <= token < vocab_size
     const int32_t *sequences; // (n), 0 <= sequence < LLAMA_MAX_SEQUENCES
     const int32_t *positions; // (n)
     const uint8_t *want;      // (n) or NULL
+    const int32_t *rope_lengths; // (n) 0 to the session's max_seq_len; NULL: all 0
 } llama_batch;
 
 /* Runs the batch. LOGITS (rows that want them, vocab_size) takes them in row order; if it is

@@ -38,10 +38,26 @@ static void yarn(const llama_config *c, float *frequencies) {
     }
 }
 
-void rope_frequencies(const llama_config *c, float *frequencies) {
+uint32_t rope_length(const llama_config *c, int32_t asked, int32_t position) {
+    if (c->rope_scaling != LLAMA_ROPE_DYNAMIC) return 0;
+    const uint32_t length = (uint32_t)(asked > position ? asked : position + 1);
+    return (float)length > c->rope_numbers[1] ? length : 0;
+}
+
+/* NTK-aware scaling: the base grows with the length, so that the slowest pair turns as far as it
+ * did within the original length while the fastest stay nearly as they were. */
+static float dynamic(const llama_config *c, uint32_t length) {
+    const float factor = c->rope_numbers[0], original = c->rope_numbers[1];
+    const float stretch = factor * (float)length / original - (factor - 1);
+    const double exponent = (double)c->head_dim / (c->head_dim - 2); // a double in torch, too
+    return c->rope_theta * (float)pow((double)stretch, exponent);
+}
+
+void rope_frequencies(const llama_config *c, uint32_t length, float *frequencies) {
+    const float theta = length ? dynamic(c, length) : c->rope_theta;
     for (uint32_t i = 0; i < c->head_dim / 2; i++) {
         const float exponent = (float)(2 * i) / (float)c->head_dim;
-        frequencies[i] = (float)pow((double)c->rope_theta, (double)exponent);
+        frequencies[i] = (float)pow((double)theta, (double)exponent);
     }
     if (c->rope_scaling == LLAMA_ROPE_YARN) {
         yarn(c, frequencies);

@@ -6,8 +6,12 @@
 #define ROPE_H
 #include "llama.h"
 
-/* frequencies (head_dim / 2): radians a position, after the model's scaling. */
-void rope_frequencies(const llama_config *config, float *frequencies);
+/* The length of text that sets the frequencies of a row at POSITION, ASKED being its entry in
+ * llama_batch's rope_lengths; 0 where they are the same for every length. */
+uint32_t rope_length(const llama_config *config, int32_t asked, int32_t position);
+/* frequencies (head_dim / 2): radians a position, after the model's scaling; LENGTH is of
+ * rope_length. */
+void rope_frequencies(const llama_config *config, uint32_t length, float *frequencies);
 /* cos, sin (head_dim / 2) at POSITION, times the attention factor where the scaling has one. */
 void rope_angles(const llama_config *config, const float *frequencies, int32_t position,
                  float *cos, float *sin);

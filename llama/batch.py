@@ -83,6 +83,7 @@ class Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         self.tokens: list[int] = []
+        self.rope_length = 0  # that its keys were computed for, see Config.rope_length
         self.used = 0  # when, by the clock of Slots
 
 
@@ -124,6 +125,7 @@ class Slots:
                         raise
                     slot.tokens = best.tokens[:n]
                     self._touch(best)
+            slot.rope_length = self._engine.config.rope_length(len(prompt))
             self._busy.append(slot)
             # A KeyboardInterrupt may have come between a forward pass and the note of it.
             self._engine.trim(slot.number, n)
@@ -155,7 +157,10 @@ class Slots:
 
     def _longest(self, prompt: Sequence[int], whole: bool = False) -> tuple[int, Slot | None]:
         best, found = 0, None
+        length = self._engine.config.rope_length(len(prompt))
         for slot in [*self._idle, *self._busy]:
+            if slot.rope_length != length:
+                continue
             n = common_prefix(slot.tokens, prompt, len(prompt) - (not whole))
             if n > best:
                 best, found = n, slot
@@ -227,10 +232,12 @@ class Batches:
         while waiting and len(active) < MAX_ACTIVE:
             prompt = waiting[0].ids
             known, _ = self.slots.longest(prompt)
+            length = self.engine.config.rope_length(len(prompt))
             if any(
                 job.slot is not None and len(job.slot.tokens) < job.n_prompt
-                and (job is waiting[0].leader
-                     or common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE)
+                and (job is waiting[0].leader or (
+                    job.slot.rope_length == length
+                    and common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE))
                 for job in active
             ):  # fmt: skip
                 return  # the same beginning is being read right now: it will be forked
@@ -265,6 +272,7 @@ class Batches:
         sequences: list[int] = []
         positions: list[int] = []
         want: list[bool] = []
+        lengths: list[int] = []
         sampled: list[Job] = []
         for job, count in plan:
             assert job.slot is not None
@@ -272,6 +280,7 @@ class Batches:
             tokens += job.ids[start : start + count]
             sequences += [job.slot.number] * count
             positions += range(start, start + count)
+            lengths += [job.n_prompt] * count
             complete = start + count == len(job.ids)
             want += [False] * (count - 1) + [complete]
             if complete:
@@ -279,7 +288,7 @@ class Batches:
         with self.turns:
             self.check_open()
             began = time.perf_counter()
-            self.engine.forward(tokens, sequences, positions, want, keep=True)
+            self.engine.forward(tokens, sequences, positions, want, True, lengths)
             for job, count in plan:
                 assert job.slot is not None
                 start = len(job.slot.tokens)

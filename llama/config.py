@@ -23,9 +23,10 @@ class Rope(IntEnum):
     LINEAR = 1
     LLAMA3 = 2
     YARN = 3
+    DYNAMIC = 4
 
 
-ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4, Rope.YARN: 6}
+ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4, Rope.YARN: 6, Rope.DYNAMIC: 2}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Config:
         self._check_rope()
         self._check_ids()
 
+    def rope_length(self, prompt: int) -> int:
+        """What the keys of a prompt of PROMPT tokens depend on besides its tokens: under dynamic
+        scaling its length, once that is beyond the original; else nothing, 0."""
+        dynamic = self.rope_scaling == Rope.DYNAMIC
+        return prompt if dynamic and prompt > self.rope_numbers[1] else 0
+
     def _check_rope(self) -> None:
         count = ROPE_COUNTS[self.rope_scaling]
         numbers = self.rope_numbers
@@ -86,6 +93,8 @@ class Config:
             )
         if self.rope_scaling == Rope.YARN and numbers[5] not in (0, 1):
             raise LlamaError(f"config: yarn's truncate must be 0 or 1, found {numbers[5]}")
+        if self.rope_scaling == Rope.DYNAMIC and self.head_dim == 2:
+            raise LlamaError("config: dynamic rope scaling needs a head_dim above 2")
         if self.rope_scaling == Rope.LLAMA3 and numbers[2] <= numbers[1]:
             raise LlamaError(
                 f"config: llama3 rope scaling needs low_freq_factor below high_freq_factor, "

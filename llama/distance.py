@@ -84,7 +84,10 @@ def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32
         part = ids[start : start + PART]
         n = len(part)
         places = range(start, start + n)
-        found = [engine.forward(part, [0] * n, places, [True] * n) for engine in engines]
+        found = [
+            engine.forward(part, [0] * n, places, [True] * n, rope_lengths=[len(ids)] * n)
+            for engine in engines
+        ]
         yield [logits for logits in found if logits is not None]
 
 

@@ -327,24 +327,28 @@ class Engine:
         positions: ArrayLike,
         want: Sequence[bool] | NDArray[np.bool_] | None = None,
         keep: bool = False,
+        rope_lengths: ArrayLike | None = None,
     ) -> NDArray[np.float32] | None:
         """Computes rows of (token, sequence, position); see llama_batch in lib/llama.h.
 
         Returns the logits of the rows that WANT them, (n wanted, vocab_size); or, with KEEP,
-        None, and the session holds them for sample().
+        None, and the session holds them for sample(). ROPE_LENGTHS are each row's, for dynamic
+        rope scaling: the length of the whole prompt.
         """
         t, s = _int32("tokens", tokens), _int32("sequences", sequences)
         p = _int32("positions", positions)
         w = np.zeros(len(t), np.uint8) if want is None else np.asarray(want, np.uint8)
-        if not len(t) == len(s) == len(p) == len(w):
+        r = np.zeros(len(t), np.int32) if rope_lengths is None else _int32("lengths", rope_lengths)
+        if not len(t) == len(s) == len(p) == len(w) == len(r):
             raise LlamaError(
-                f"forward: {len(t)} tokens, {len(s)} sequences, {len(p)} positions, {len(w)} wants"
+                f"forward: {len(t)} tokens, {len(s)} sequences, {len(p)} positions, {len(w)} wants,"
+                f" {len(r)} rope lengths"
             )
         batch = ffi.new("llama_batch *")
         batch.n = len(t)
         # cffi pointers keep their arrays alive while these names do
-        pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w)
-        batch.tokens, batch.sequences, batch.positions, batch.want = pointers
+        pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w), _ints(r)
+        batch.tokens, batch.sequences, batch.positions, batch.want, batch.rope_lengths = pointers
         if keep:
             with self._turn:
                 check(lib.llama_forward(self.handle, batch, ffi.NULL))

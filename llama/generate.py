@@ -269,7 +269,8 @@ class Llama:
                 with self._batches.turns:
                     self._batches.check_open()
                     out[start : start + len(part)] = self._engine.forward(
-                        part, [slot.number] * len(part), positions, [True] * len(part)
+                        part, [slot.number] * len(part), positions, [True] * len(part),
+                        rope_lengths=[len(ids)] * len(part),
                     )
                     slot.tokens += part
                     self.counters.computed_tokens += len(part)

@@ -49,20 +49,21 @@ class Transformer:
         self.config: Config = file.config
         self.dtype = dtype
         self.weights = {name: torch.tensor(w, dtype=dtype) for name, w in file.tensors.items()}
-        self.frequencies = rope_frequencies(file.config)
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], cache: Cache | None = None) -> Tensor:
-        """The logits after each of TOKENS, which follow those that CACHE holds and join them."""
+    def forward(self, tokens: Sequence[int], cache: Cache | None = None, length: int = 0) -> Tensor:
+        """The logits after each of TOKENS, which follow those that CACHE holds and join them.
+        LENGTH is the whole prompt's where they are but a part: dynamic scaling asks for it."""
         cache = cache or Cache(self.config.n_layers)
         start = cache.length
         positions = torch.arange(start, start + len(tokens))  # (n)
+        cos, sin = rope_angles(self.config, positions, max(length, start + len(tokens)))
 
         x = self.embed(tokens)  # (n, dim) the residual stream
         for layer in range(self.config.n_layers):
             y = self.attention_norm(x, layer)  # (n, dim)
             q, k, v = self.qkv(y, layer)  # q: (n, n_heads, head_dim)  k, v: (n, n_kv_heads, ..)
-            q, k = self.rope(q, positions), self.rope(k, positions)
+            q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
             keys, values = self.store(cache, layer, k, v)  # (t, n_kv_heads, head_dim)
             y = self.attend(q, keys, values, positions)  # (n, n_heads * head_dim)
             x = x + self.output(y, layer)  # (n, dim)
@@ -89,11 +90,10 @@ class Transformer:
         v = self.linear(x, f"layers.{layer}.attention.wv")
         return q.view(n, -1, head_dim), k.view(n, -1, head_dim), v.view(n, -1, head_dim)
 
-    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates each pair of neighbours by an angle that grows with the position, so that q.k
         depends on how far apart two tokens are (arXiv:2104.09864, eq. 34). x: (n, heads, head_dim)
         """
-        cos, sin = rope_angles(self.config, self.frequencies, positions)  # (n, head_dim / 2)
         cos = cos.to(self.dtype)[:, None]  # (n, 1, head_dim / 2) the same for all heads
         sin = sin.to(self.dtype)[:, None]
         a, b = x[..., 0::2], x[..., 1::2]  # (n, heads, head_dim / 2) the pairs (a, b)
@@ -167,12 +167,15 @@ class Transformer:
         return new
 
 
-def rope_frequencies(config: Config) -> Tensor:
+def rope_frequencies(config: Config, length: int = 0) -> Tensor:
     """(head_dim / 2) radians a position: pair i turns at theta^(-2i / head_dim), the first pair
     fastest (arXiv:2104.09864, section 3.2.2), slowed where a model was stretched to a longer
     context. In float32, in transformers' order: far positions multiply every rounding."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    frequencies = 1 / config.rope_theta ** (pairs / config.head_dim)
+    theta: float | Tensor = config.rope_theta
+    if config.rope_scaling == Rope.DYNAMIC:
+        theta = dynamic(config, length, *config.rope_numbers)
+    frequencies: Tensor = 1 / theta ** (pairs / config.head_dim)
     if config.rope_scaling == Rope.LINEAR:
         return frequencies / config.rope_numbers[0]
     if config.rope_scaling == Rope.LLAMA3:
@@ -182,11 +185,21 @@ def rope_frequencies(config: Config) -> Tensor:
     return frequencies
 
 
-def rope_angles(config: Config, frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, head_dim / 2) of POSITIONS (n), times yarn's attention factor."""
+def rope_angles(config: Config, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, head_dim / 2) of POSITIONS (n) in a text of LENGTH, times yarn's attention
+    factor."""
     factor = config.rope_numbers[4] if config.rope_scaling == Rope.YARN else 1.0
-    angles = positions[:, None].float() * frequencies
+    angles = positions[:, None].float() * rope_frequencies(config, length)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def dynamic(config: Config, length: int, factor: float, original: float) -> float | Tensor:
+    """NTK-aware scaling: a base that grows with the LENGTH of a text beyond the ORIGINAL, so that
+    the slowest pair turns no further than it did. Keys that were stored stay as they are."""
+    if length <= original:
+        return config.rope_theta
+    stretch = factor * torch.tensor(length) / original - (factor - 1)
+    return config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
 
 
 def llama3(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:

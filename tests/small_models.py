@@ -35,6 +35,7 @@ ROPE_NAMES = {
     Rope.PLAIN: [], Rope.LINEAR: ["factor"],
     Rope.LLAMA3: ["factor", "low_freq_factor", "high_freq_factor", ORIGINAL],
     Rope.YARN: ["factor", ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"],
+    Rope.DYNAMIC: ["factor"],
 }  # fmt: skip
 
 
@@ -242,7 +243,7 @@ def transformers_llama(
     import transformers
 
     if rope is None:
-        rope = dict(zip(ROPE_NAMES[shape.rope_scaling], shape.rope_numbers, strict=True))
+        rope = dict(zip(ROPE_NAMES[shape.rope_scaling], shape.rope_numbers, strict=False))
         if ORIGINAL in rope:
             rope[ORIGINAL] = int(rope[ORIGINAL])
         if "truncate" in rope:

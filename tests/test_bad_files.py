@@ -313,7 +313,7 @@ def test_sizes_whose_products_overflow(folder: Path, good: bytes) -> None:
         (112, "f", float("nan"), "norm_eps is"),
         (116, "f", float("inf"), "rope_theta is inf"),
         (116, "f", -1.0, "rope_theta is -1"),
-        (120, "I", 4, "rope scaling 4 is not known"),
+        (120, "I", 5, "rope scaling 5 is not known"),
         (120, "I", 3, "rope scaling number 4 is 0"),
         (120, "I", 2**32 - 1, "rope scaling 4294967295 is not known"),
         (124, "f", 0.0, "rope scaling number 0 is 0"),

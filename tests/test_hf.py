@@ -153,7 +153,11 @@ def test_rope_as_transformers_4_and_5_write_it(tmp_path: Path) -> None:
     assert yarn.rope_numbers == pytest.approx((2.0, 16.0, 32.0, 1.0, attention, 0.0))
     beside = {"original_max_position_embeddings": 8, "rope_scaling": {"type": "yarn", **numbers}}
     assert config_of(folder, **beside).rope_numbers[1] == 8  # as transformers has it
-    for kind in ("dynamic", "longrope"):
+    dynamic = config_of(folder, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert (dynamic.rope_scaling, dynamic.rope_numbers) == (Rope.DYNAMIC, (2.0, 32.0))
+    five = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert config_of(folder, rope_parameters=five, rope_theta=None) == dynamic
+    for kind in ("longrope", "proportional"):
         with pytest.raises(LlamaError, match=f"rope type {kind} is not supported"):
             config_of(folder, rope_scaling={"type": kind, "factor": 2.0})
 

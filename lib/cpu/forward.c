@@ -22,7 +22,8 @@ struct cpu {
     const struct kernels *kernels;
     struct pool *pool;
     uint32_t kv_kind;
-    float *frequencies;     // (head_dim / 2) rope, radians a position
+    float *frequencies;     // (head_dim / 2) rope, radians a position, for texts of
+    uint32_t rope_length;   // this length
 
     size_t key_bytes;       // one layer's keys in a page; its values take as much
     size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim)
@@ -50,6 +51,7 @@ struct part {
     size_t n;
     const int32_t *tokens, *positions;
     const struct sequence *const *of;
+    const int32_t *rope_lengths;
 };
 
 // ---- the steps of one layer
@@ -67,8 +69,13 @@ static void embed(struct part *p) {
     const llama_config *f = &c->model->config;
     const size_t half = f->head_dim / 2;
     pool_run(c->pool, p->n, 4, embed_range, p);
-    for (size_t i = 0; i < p->n; i++)
+    for (size_t i = 0; i < p->n; i++) {
+        const int32_t asked = p->rope_lengths ? p->rope_lengths[i] : 0;
+        const uint32_t length = rope_length(f, asked, p->positions[i]);
+        if (length != c->rope_length) rope_frequencies(f, length, c->frequencies);
+        c->rope_length = length;
         rope_angles(f, c->frequencies, p->positions[i], c->cos + i * half, c->sin + i * half);
+    }
 }
 
 struct norming {
@@ -254,6 +261,7 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
             .tokens = rows->tokens + start,
             .positions = rows->positions + start,
             .of = rows->of + start,
+            .rope_lengths = rows->rope_lengths ? rows->rope_lengths + start : NULL,
         };
         embed(&p);
         for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
@@ -378,7 +386,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
         return cpu_close(c), -1;
     c->by.kernels = c->kernels;
     c->by.pool = c->pool;
-    rope_frequencies(f, c->frequencies);
+    rope_frequencies(f, 0, c->frequencies);
     info->isa = c->kernels->isa;
     info->threads = pool_threads(c->pool);
     info->kv_kind = c->kv_kind;

@@ -142,6 +142,8 @@ def _rope(settings: Settings) -> tuple[float, Rope, tuple[float, ...]]:
     if kind == "llama3":
         numbers = [rope.real(k) for k in ("factor", "low_freq_factor", "high_freq_factor")]
         return theta, Rope.LLAMA3, (*numbers, float(original))
+    if kind == "dynamic":
+        return theta, Rope.DYNAMIC, (rope.real("factor"), float(length))
     if kind == "yarn":
         return theta, Rope.YARN, _yarn(rope, length, original)
     raise LlamaError(f"{settings.path}: rope type {kind[:40]} is not supported")
