@@ -1,5 +1,7 @@
 """How far one model file's answers are from another's: on a page of text, token by token.
 
+python3 -m llama.distance REFERENCE.bin OTHER.bin prints it; quantize.py puts it into its receipt.
+
 Both read the same tokens; at each position the two next-token distributions are compared. KL
 divergence (nats) says how surprised someone who believes the second would be by the first;
 "same token" is how often both would say the same next.
@@ -8,6 +10,7 @@ divergence (nats) says how surprised someone who believes the second would be by
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.cli import Parser, run
 from llama.engine import Engine
 from llama.tokenizer import open_tokenizer
 
@@ -92,12 +96,15 @@ def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32
 
 
 def measure(
-    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None
-) -> Distance:
+    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None,
+    activations: int | None = None,
+) -> Distance:  # fmt: skip
     """Runs both files over the page; REFERENCE is the one that counts as right."""
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(Engine(path, threads=threads, max_seq_len=512))
+            stack.enter_context(
+                Engine(path, threads=threads, max_seq_len=512, activations=activations)
+            )
             for path in (reference, other)
         ]
         ids = _page(engines[0])
@@ -107,3 +114,17 @@ def measure(
             kl += float((np.exp(p) * (p - q)).sum())
             same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
     return Distance(len(ids), kl / len(ids), same / len(ids))
+
+
+def main() -> int:
+    parser = Parser(prog="llama.distance", description="How far OTHER's answers are from REFERENCE's.")
+    parser.add_argument("reference", metavar="REFERENCE", help="the .bin that counts as right")
+    parser.add_argument("other", metavar="OTHER", help="the .bin to judge")
+    parser.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
+    given = parser.parse_args()
+    print(measure(given.reference, given.other, activations=given.activations))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("llama.distance", main))

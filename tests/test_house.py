@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "complete": {"cli", "completion", "generate", "machine", "sampling", "tokenizer"},
     "talk": {"cli", "completion", "generate", "machine", "sampling"},
     "bench": {"cli", "engine", "machine"},
-    "distance": {"engine", "tokenizer"},
+    "distance": {"cli", "engine", "tokenizer"},
     "shrink": {"distance", "engine", "format", "quant"},
     "__init__": {"generate", "sampling"},
 }
