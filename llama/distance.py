@@ -117,7 +117,9 @@ def measure(
 
 
 def main() -> int:
-    parser = Parser(prog="llama.distance", description="How far OTHER's answers are from REFERENCE's.")
+    parser = Parser(
+        prog="llama.distance", description="How far OTHER's answers are from REFERENCE's."
+    )
     parser.add_argument("reference", metavar="REFERENCE", help="the .bin that counts as right")
     parser.add_argument("other", metavar="OTHER", help="the .bin to judge")
     parser.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
