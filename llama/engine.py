@@ -171,13 +171,14 @@ class Model:
 
     @property
     def tensors(self) -> list[Tensor]:
-        t, found = ffi.new("llama_tensor *"), []
-        for i in range(lib.llama_count_tensors(self.handle)):
-            check(lib.llama_get_tensor(self.handle, i, t))
-            shape = tuple(int(n) for n in t.shape)[: t.n_dims]
-            name = ffi.string(t.name).decode("ascii")
-            found.append(Tensor(name, Kind(t.kind), shape, int(t.bytes), int(t.crc32)))
-        return found
+        return [self._tensor(i) for i in range(lib.llama_count_tensors(self.handle))]
+
+    def _tensor(self, index: int) -> Tensor:
+        t = ffi.new("llama_tensor *")
+        check(lib.llama_get_tensor(self.handle, index, t))
+        shape = tuple(int(n) for n in t.shape)[: t.n_dims]
+        name = ffi.string(t.name).decode("ascii")
+        return Tensor(name, Kind(t.kind), shape, int(t.bytes), int(t.crc32))
 
     def verify(self, index: int) -> None:
         """Reads tensor INDEX whole; LlamaError if its checksum is not the recorded one."""
@@ -185,8 +186,8 @@ class Model:
 
     def rows(self, index: int, first: int = 0, n: int | None = None) -> NDArray[np.float32]:
         """Rows [first, first + n) of tensor INDEX as float32, (n, columns) or (n,)."""
-        tensors = self.tensors
-        shape = tensors[_within("tensor", index, len(tensors) - 1)].shape
+        last = lib.llama_count_tensors(self.handle) - 1
+        shape = self._tensor(_within("tensor", index, last)).shape
         _within("first row", first, shape[0])
         n = shape[0] - first if n is None else _within("number of rows", n, shape[0] - first)
         out = np.empty((n, *shape[1:]), np.float32)
