@@ -1,4 +1,4 @@
-"""Llama: text in, text out.
+"""Llama: text in, text out. What it says about texts besides is in heads.py.
 
 A Llama is an open model file with its tokenizer, chat template and kept sequences. It turns
 prompts into jobs, and batch.py runs them; everything about words is here and above, everything
@@ -8,7 +8,7 @@ about numbers below, in engine.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.batch import MAX_CHUNK, Batches, Counters
+from llama.batch import Batches, Counters
 from llama.completion import Job, Result
+from llama.config import Head
 from llama.errors import LlamaError
+from llama.heads import Heads, Messages, is_ids
 from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 MAX_COMPLETIONS = 1024  # of one prompt
 Prompt = str | Sequence[int]  # text, or token ids taken as they are
-Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]
 
 
 class Stream(Iterator[str]):
@@ -66,7 +67,7 @@ class Stream(Iterator[str]):
             close()
 
 
-class Llama:
+class Llama(Heads):
     """A model, open. Threads may share it: their forward passes take turns. A context manager."""
 
     def __init__(
@@ -183,7 +184,7 @@ class Llama:
         prompt is computed once. BEST_OF: so many are made, and the N (else the one) with the
         largest sum of logprobs returned, the best first. ECHO: texts begin with their prompt."""
         request = Request(n, best_of)
-        if isinstance(prompt, str) or _is_ids(prompt):
+        if isinstance(prompt, str) or is_ids(prompt):
             return self._finish([request.jobs(self._job(prompt, params, echo))], request)[0]
         return self._finish(
             [request.jobs(job) for job in self._jobs(prompt, params, echo)], request
@@ -245,13 +246,14 @@ class Llama:
         """The ids that a prompt becomes: a text's, behind the begin token; ids as they are."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
-        if not _is_ids(prompt):
+        if not is_ids(prompt):
             found = "an empty list" if prompt == [] else type(prompt).__name__
             raise LlamaError(f"a prompt must be a str or a list of token ids, found {found}")
         return [self.tokenizer.check(token) for token in prompt]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of IDS: (len(ids), vocab_size), computed afresh."""
+        self.require(Head.LM, "logits()")
         self._batches.check_open()
         if isinstance(ids, (str, bytes)):
             raise LlamaError(f"logits takes token ids, found {type(ids).__name__}")
@@ -261,22 +263,10 @@ class Llama:
                 f"logits takes 1 to {self.max_seq_len} token ids (the context), found {len(ids)}"
             )
         out = np.empty((len(ids), self.config.vocab_size), np.float32)
-        slot = self._batches.slots.take(ids, reuse=False)
-        try:
-            for start in range(0, len(ids), MAX_CHUNK):
-                part = ids[start : start + MAX_CHUNK]
-                positions = range(start, start + len(part))
-                with self._batches.turns:
-                    self._batches.check_open()
-                    out[start : start + len(part)] = self._engine.forward(
-                        part, [slot.number] * len(part), positions, [True] * len(part),
-                        rope_lengths=[len(ids)] * len(part),
-                    )
-                    slot.tokens += part
-                    self.counters.computed_tokens += len(part)
-        finally:
-            if not self._batches.closed:
-                self._batches.slots.give(slot)
+        done = 0
+        for _, rows in self._batches.outputs([ids], [range(len(ids))]):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
         return out
 
     # --- the end
@@ -301,6 +291,7 @@ class Llama:
 
     def _job(self, prompt: Prompt, params: SamplingParams | None, echo: bool = False) -> Job:
         self._batches.check_open()
+        self.require(Head.LM, "generate()")
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
         text = ""
@@ -313,6 +304,7 @@ class Llama:
 
     def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
         self._batches.check_open()
+        self.require(Head.LM, "chat()")
         template = self.template
         return Job(
             template.encode(messages), _checked(params), self.tokenizer, template.stop_ids,
@@ -389,12 +381,3 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise LlamaError(f"params must be SamplingParams, found {type(params).__name__}")
     return params
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
-    return (
-        isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)) and len(prompt) > 0
-        and not isinstance(prompt[0], (str, Sequence, np.ndarray))
-    )  # fmt: skip

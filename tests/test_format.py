@@ -384,7 +384,7 @@ def test_refusals_say_what_is_wrong(tmp_path: Path, good: bytes) -> None:
     assert "not a .bin" in changed(0, "8s", b"GGUFGGUF")
     assert "version 1, found 2" in changed(8, "I", 2)
     assert "unknown tokenizer kind 9" in changed(72, "I", 9)
-    assert "flags" in changed(76, "I", 8)
+    assert "flags" in changed(76, "I", 16)
     assert "dim must be" in changed(84, "I", 0)
     assert "made by an older version, quantize again" in changed(320, "I", 77)
     assert "impossible" in changed(344, "Q", 2**63)  # offset

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from llama.checkpoints.mapped import Tensor, Unreadable
 from llama.errors import LlamaError
-from llama.format import Config, Rope, TokenizerKind, Value, expected_tensors
+from llama.format import Config, Head, Rope, TokenizerKind, Value, expected_tensors
 from llama.quant import Kind
 
+HEADS = {Head.NONE: "no head", Head.SEQUENCE: "sequence classification",
+         Head.ANSWER: "question answering", Head.TOKEN: "token classification"}  # fmt: skip
 FLOATS = {kind.label: kind for kind in (Kind.F32, Kind.F16, Kind.BF16)}
 
 
@@ -108,6 +110,9 @@ class Checkpoint:
             parts.append(f"{c.rope_scaling.name.lower()} rope x{c.rope_numbers[0]:g}")
         if c.tied:
             parts.append("tied")
+        if c.head != Head.LM:
+            labels = f" of {c.n_labels} label" + "s" * (c.n_labels > 1) if c.n_labels else ""
+            parts.append(f"{HEADS[c.head]}{labels}")
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"

@@ -52,6 +52,39 @@ def load(
     return tokenizer, meta
 
 
+def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
+    """The ids that the source's tokenizer puts around a text and around a pair of texts, as the
+    meta entry tokenizer.frame; nothing where they are the begin token before each."""
+    said = Settings.read(path / "tokenizer_config.json", needed=False)
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    usual: dict[str, list[Any]] = {"single": [*begin, "A"], "pair": [*begin, "A", *begin, "B"]}
+    found = usual
+    told = [said.values.get(f"add_{name}_token") for name in ("bos", "eos")]
+    if any(isinstance(flag, bool) for flag in told):  # they overrule tokenizer.json
+        id_of = _pieces(tokenizer).get(_piece(said, "eos_token"))
+        end = [id_of] if told[1] is True and id_of is not None else []
+        single = [*begin, "A", *end]
+        found = {"single": single, "pair": [*single, *begin, "B", *end]}
+    elif tokenizer.kind == TokenizerKind.JSON:
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(tokenizer.data.decode("utf-8"))
+        library.no_padding()
+        found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
+    return {} if found == usual else {"tokenizer.frame": json.dumps(found)}
+
+
+def _frame(encoding: Any) -> list[Any]:
+    """The special tokens of an encoding, with "A" and "B" where the texts' own tokens stand."""
+    parts: list[Any] = []
+    for token, of in zip(encoding.ids, encoding.sequence_ids, strict=True):
+        if of is None:
+            parts.append(token)
+        elif "AB"[of] not in parts:
+            parts.append("AB"[of])
+    return parts
+
+
 def _choose(path: Path, vocab_size: int, options: Options, notes: list[str]) -> Tokenizer:
     """SentencePiece's own file, unless tokenizer.json has tokens that it lacks."""
     tokenizer = tokenizer_file.beside(path, NAMES, options, notes)
