@@ -276,7 +276,7 @@ class Heads:
         self, which: Literal["single", "pair"], a: list[int], b: Sequence[int] = ()
     ) -> tuple[list[int], int]:
         """A, or A and B, with the ids that the source's tokenizer puts around them; and the place
-        of the last one's first token."""
+        of A's first token, or of B's where there is one."""
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         parts: Any = {"single": [*begin, "A"], "pair": [*begin, "A", *begin, "B"]}[which]
         if "tokenizer.frame" in self.meta:
@@ -285,7 +285,7 @@ class Heads:
         first = 0
         for part in parts:
             if isinstance(part, str):
-                first = len(ids)
+                first = len(ids) if which == "single" or part == "B" else first
                 ids += a if part == "A" else b
             else:
                 ids.append(self.tokenizer.check(part))
@@ -317,7 +317,7 @@ def _frame(text: Any, which: str) -> list[int | str]:
         parts = list(json.loads(str(text))[which])
     except (ValueError, KeyError, TypeError):
         parts = []
-    if [part for part in parts if type(part) is not int] != texts:
+    if sorted(str(part) for part in parts if type(part) is not int) != texts:
         raise LlamaError(
             'tokenizer.frame must be JSON, {"single": [1, "A"], "pair": [1, "A", 1, "B"]}'
         )

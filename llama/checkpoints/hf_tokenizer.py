@@ -55,22 +55,22 @@ def load(
 def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
     """The ids that the source's tokenizer puts around a text and around a pair of texts, as the
     meta entry tokenizer.frame; nothing where they are the begin token before each."""
-    said = Settings.read(path / "tokenizer_config.json", needed=False)
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     usual: dict[str, list[Any]] = {"single": [*begin, "A"], "pair": [*begin, "A", *begin, "B"]}
-    found = usual
-    told = [said.values.get(f"add_{name}_token") for name in ("bos", "eos")]
-    if any(isinstance(flag, bool) for flag in told):  # they overrule tokenizer.json
-        id_of = _pieces(tokenizer).get(_piece(said, "eos_token"))
-        end = [id_of] if told[1] is True and id_of is not None else []
-        single = [*begin, "A", *end]
-        found = {"single": single, "pair": [*single, *begin, "B", *end]}
-    elif tokenizer.kind == TokenizerKind.JSON:
+    data = tokenizer.data if tokenizer.kind == TokenizerKind.JSON else b""
+    if not data and (path / "tokenizer.json").is_file():  # it decides even where it is not taken
+        data = tokenizer_file.read(path / "tokenizer.json").data
+    if data:
         from tokenizers import Tokenizer as Library
 
-        library = Library.from_str(tokenizer.data.decode("utf-8"))
+        library = Library.from_str(data.decode("utf-8"))
         library.no_padding()
         found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
+    else:
+        said = Settings.read(path / "tokenizer_config.json", needed=False)
+        end = [_pieces(tokenizer).get(_piece(said, "eos_token"), *tokenizer.eos_ids[:1])]
+        single = [*begin, "A", *(end if said.flag("add_eos_token", False) else [])]
+        found = {"single": single, "pair": [*single, *begin, "B", *single[len(begin) + 1 :]]}
     return {} if found == usual else {"tokenizer.frame": json.dumps(found)}
 
 
