@@ -32,7 +32,7 @@ enum {
     LLAMA_F16 = 1,  // 16
     LLAMA_BF16 = 2, // 16
     LLAMA_Q8 = 3,   // 8.5: int8 codes, one f16 scale for 32 columns of a row
-    LLAMA_Q4 = 4    // 4.5: 4-bit codes, one f16 scale for 32 columns of a row
+    LLAMA_Q4 = 5    // 4.5: 4-bit codes of uneven levels, a scale and a shift for 32 columns
 };
 
 enum {

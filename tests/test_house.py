@@ -13,18 +13,19 @@ PY_FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama").rglob("*.py")])
 PROSE = r"^(/\*|//|#|\"\"\"|r?\"\"\")"
 
 # A file of lib/ and the headers of lib/ it may include; llama.c sees all.
-ISA = {"cpu/kernels.h", "cpu/blocks.h", "cpu/exp.h", "quant.h"}
+ISA = {"cpu/kernels.h", "cpu/blocks.h", "cpu/exp.h", "fit.h", "quant.h"}
 INSIDE = {"llama.h", "error.h", "quant.h"}
 MAY_INCLUDE = {
     "llama": set(),
-    "quant": INSIDE,
+    "quant": INSIDE | {"fit.h"},
+    "fit": {"quant.h"},
     "crc32": INSIDE | {"format.h"},
     "format": INSIDE | {"format.h"},
     "model": INSIDE | {"format.h", "model.h"},
     "rope": {"rope.h", "llama.h"},
     "cache": INSIDE | {"cache.h"},
     "sampler": {"sampler.h", "llama.h", "error.h"},
-    "encode": INSIDE | {"encode.h", "format.h", "cpu/pool.h"},
+    "encode": INSIDE | {"encode.h", "format.h", "cpu/kernels.h", "cpu/pool.h"},
     "backend": {"cache.h", "model.h"},
     "error": set(),
     "cpu/forward": {"backend.h", "error.h", "rope.h", "cpu/kernels.h", "cpu/matmul.h",
