@@ -275,8 +275,8 @@ static void test_fit(float size, float middle, int scene) {
         if (size < 1e-4f) continue; // there the scale's own steps decide
         const double error = fit_error(x, w, want[r], want[r + TILE_ROWS], r);
         worse += error > 1.001 * fit_error(x, w, 0, 0, r);
-        worse += error > 1.1 * fit_error(x, w, most / 107, 0, r) + 1e-12;
-        worse += error > 1.1 * fit_error(x, w, -most / 107, 0, r) + 1e-12;
+        worse += error > 1.2 * fit_error(x, w, most / 107, 0, r) + 1e-12;
+        worse += error > 1.2 * fit_error(x, w, -most / 107, 0, r) + 1e-12;
     }
     check(worse == 0, "scalar %s: %zu rows that a plain scale serves better", what, worse);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -87,16 +88,20 @@ def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int)
     scales = random.standard_normal((*data.shape[:2], 16)).astype("<f2")
     data[:, :, :32] = scales.view(np.uint8)
     found = untile(data.reshape(-1), kind, rows, columns)
+    drawn = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    levels = [int(word) for word in re.findall(r"code 0 to 15, are ([-\d ]+)\.", drawn)[0].split()]
     for r in range(rows):
         for column in range(columns):
             block, c = data[r // 16, column // 32].tobytes(), column % 32
-            (d,) = struct.unpack_from("<e", block, 2 * (r % 16))
+            (bits,) = struct.unpack_from("<H", block, 2 * (r % 16))
             if kind == Kind.Q8:
                 (code,) = struct.unpack_from("<b", block, 32 + (c // 4 * 16 + r % 16) * 4 + c % 4)
+                scale = struct.unpack("<e", struct.pack("<H", bits))[0]
             else:
                 byte = block[32 + (c % 16 // 4 * 16 + r % 16) * 4 + c % 4]
-                code = (byte & 15 if c < 16 else byte >> 4) - 8
-            assert found[r, column] == np.float32(d) * np.float32(code)
+                code = levels[byte & 15 if c < 16 else byte >> 4] + ((bits & 63) - 32) * 2
+                scale = struct.unpack("<e", struct.pack("<H", bits >> 6 << 6))[0] / 64
+            assert found[r, column] == np.float32(scale) * np.float32(code)
 
 
 @settings(deadline=None)
