@@ -204,14 +204,6 @@ def test_defaults_are_transformers(tmp_path: Path) -> None:
     assert (config.rope_theta, config.norm_eps, config.tied) == (1e4, 1e-6, False)
 
 
-def test_a_tied_models_spare_output_is_dropped(tmp_path: Path) -> None:
-    shape = small_models.config()
-    folder = small_models.write_hf(tmp_path / "hf", shape, small_models.weights(shape))
-    settings_ = small_models.hf_settings(shape, tie_word_embeddings=True)
-    (folder / "config.json").write_text(json.dumps(settings_))
-    assert "output.weight" not in export(folder, tmp_path / "a.bin").tensors
-
-
 def test_broken_directories_are_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()

@@ -151,21 +151,28 @@ def test_context_is_inferred_and_said(
     given = params(tmp_path / folder, norm_eps=eps)
     assert _max_seq_len(given, theta, scaling, Options(), notes) == length
     assert notes and "inferred" in notes[0]
-    assert _max_seq_len(given, theta, scaling, Options(max_seq_len=77), []) == 77
+    assert _max_seq_len(given, theta, scaling, Options(max_seq_len=77), notes) == length
+    assert notes[1] == f"context {length}: inferred"
 
 
 def test_rope_scaling(tmp_path: Path) -> None:
-    assert _rope(params(tmp_path), []) == (Rope.PLAIN, ())
-    assert _rope(params(tmp_path, use_scaled_rope=False), []) == (Rope.PLAIN, ())
+    assert _rope(params(tmp_path), Options(), []) == (Rope.PLAIN, ())
+    assert _rope(params(tmp_path, use_scaled_rope=False), Options(), []) == (Rope.PLAIN, ())
     notes: list[str] = []
-    big = params(tmp_path, use_scaled_rope=True, dim=4096, n_layers=32)
-    assert _rope(big, notes) == (Rope.LLAMA3, (8.0, 1.0, 4.0, 8192.0))
+    for dim, n_layers in ((4096, 32), (8192, 80), (16384, 126)):
+        big = params(tmp_path, use_scaled_rope=True, dim=dim, n_layers=n_layers)
+        assert _rope(big, Options(), notes) == (Rope.LLAMA3, (8.0, 1.0, 4.0, 8192.0))
     for dim, n_layers in ((2048, 16), (3072, 28)):
         small = params(tmp_path, use_scaled_rope=True, dim=dim, n_layers=n_layers)
-        assert _rope(small, notes)[1][0] == 32
-    assert len(notes) == 3
+        assert _rope(small, Options(), notes)[1][0] == 32
+    assert len(notes) == 5 and all("--rope-scaling sets another" in note for note in notes)
     said = params(tmp_path, use_scaled_rope=True, rope_scaling_factor=16)
-    assert _rope(said, [])[1][0] == 16
+    assert _rope(said, Options(), [])[1][0] == 16
+    other = params(tmp_path, use_scaled_rope=True, dim=4096, n_layers=31)
+    with pytest.raises(LlamaError, match="dim 4096 and 31 layers .* say --rope-scaling llama3:8"):
+        _rope(other, Options(), [])
+    assert _rope(other, Options(rope_scaling="llama3:8"), notes)[0] == Rope.LLAMA3
+    assert len(notes) == 5
 
 
 def test_wrong_tensors_are_one_line(tmp_path: Path) -> None:
@@ -201,7 +208,7 @@ def test_wrong_tensors_are_one_line(tmp_path: Path) -> None:
     small_models.write_meta(tmp_path / "m", shape, weights, 2)
     (tmp_path / "m/consolidated.01.pth").unlink()
     (tmp_path / "m/consolidated.00.pth").rename(tmp_path / "m/consolidated.01.pth")
-    with pytest.raises(LlamaError, match="expected 1, 2, 4 or 8 shards .* found consolidated.01"):
+    with pytest.raises(LlamaError, match="expected 1, 2, 4, 8 or 16 shards .* found consolidated.01"):
         load(tmp_path / "m")
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from llama.checkpoints import llama2c
+from llama.checkpoints import llama2c, positions, tied
 from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
@@ -55,21 +54,28 @@ def recognise(path: Path) -> str:
     raise LlamaError(f"{path}: expected {EXPECTED}; found {found}")
 
 
-def load(path: Path, options: Options = Options()) -> Checkpoint:  # noqa: B008 (frozen)
-    """Recognises a checkpoint and reads everything but its weights; raises LlamaError."""
+def load(
+    path: Path,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Checkpoint:
+    """Recognises a checkpoint and reads everything but its weights, of which only the embedding
+    may be compared with the output matrix: PROGRESS hears (rows done, all rows). Raises
+    LlamaError."""
+    if options.template not in (None, "none", *FAMILIES):
+        raise LlamaError(
+            f"--template: expected {', '.join(FAMILIES)} or none, found {options.template}"
+        )
+    scaling = None if options.rope_scaling is None else positions.parse(options.rope_scaling)
     source = recognise(path)
     module = import_module(f"llama.checkpoints.{MODULES[source]}")
     checkpoint: Checkpoint = module.load(path, options)
-    if options.max_seq_len is not None:
-        checkpoint.config = replace(checkpoint.config, max_seq_len=options.max_seq_len)
+    positions.apply(checkpoint, scaling, options.max_seq_len)
     if options.template is not None:
         checkpoint.meta.pop("template.family", None)
         if options.template != "none":
-            if options.template not in FAMILIES:
-                raise LlamaError(
-                    f"--template: expected {', '.join(FAMILIES)} or none, found {options.template}"
-                )
             checkpoint.meta["template.family"] = options.template
+    tied.store_once(checkpoint, progress)
     if checkpoint.tokenizer.special:
         checkpoint.meta["tokenizer.special"] = json.dumps(checkpoint.tokenizer.special)
     checkpoint.check()
@@ -108,7 +114,13 @@ def export(
     from tqdm import tqdm
 
     say = say or (lambda line: print(line, file=sys.stderr))
-    checkpoint = load(source, options)
+    with tqdm(desc="comparing", unit="row", leave=False, disable=None, delay=1) as bar:
+
+        def compared(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        checkpoint = load(source, options, compared)
     say(checkpoint.describe())
     for note in checkpoint.notes:
         say(f"  {note}")

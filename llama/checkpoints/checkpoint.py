@@ -26,6 +26,7 @@ class Options:
     tokenizer: Path | None = None
     template: str | None = None  # a family's name, or "none"
     max_seq_len: int | None = None
+    rope_scaling: str | None = None  # positions.parse reads it
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Checkpoint:
     meta: dict[str, Value]
     notes: list[str]  # what was inferred or left out, a line each
     own_names: Mapping[str, str] = field(default_factory=dict)  # ours -> the source's
+    tied_as_published: bool = False  # the model is known to be tied, whatever the files hold
 
     def check(self) -> None:
         """Raises LlamaError for an impossible config, or a tensor wrong, missing or left over."""
@@ -69,7 +71,7 @@ class Checkpoint:
         for name, shape in expected.items():
             where = f"{self.path}: {self.own_names.get(name, name)}"
             if name not in self.tensors:
-                raise LlamaError(f"{where} is missing, expected {show(shape)}")
+                raise LlamaError(f"{where} is missing, expected {show(shape)}{_why(name)}")
             tensor = self.tensors[name]
             if tensor.shape != shape:
                 raise LlamaError(f"{where}: expected {show(shape)}, found {show(tensor.shape)}")
@@ -111,6 +113,14 @@ class Checkpoint:
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"
+
+
+def _why(name: str) -> str:
+    """What a missing bias has to do with the others."""
+    if not name.endswith(".bias"):
+        return ""
+    group = "q, k, v and output" if ".attention." in name else "w1, w2 and w3"
+    return f": there are biases, and then all of {group} have one"
 
 
 def show(shape: tuple[int, ...]) -> str:
