@@ -41,7 +41,7 @@ def main() -> int:
         "--rope-scaling", metavar="KIND",
         help="how positions are scaled, in place of what the checkpoint says: none, "
         "linear:FACTOR, dynamic:FACTOR[,ORIGINAL], yarn:FACTOR[,ORIGINAL] or "
-        "llama3:FACTOR[,LOW,HIGH,ORIGINAL]; ORIGINAL is the context before scaling (default: the "
+        "llama3:FACTOR[,LOW,HIGH[,ORIGINAL]]; ORIGINAL is the context before scaling (default: the "
         "model's own; llama3's 1,4,8192)",
     )  # fmt: skip
     args = parser.parse_args()

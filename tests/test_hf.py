@@ -92,6 +92,17 @@ def test_logits_are_transformers(tmp_path: Path, seed: int) -> None:
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def test_transformers_own_shards(tmp_path: Path) -> None:
+    """save_pretrained cuts a model into many files and an index."""
+    model = small_models.transformers_llama(small_models.config(n_kv_heads=2))
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
+    whole = export(tmp_path / "one", tmp_path / "one.bin")
+    many = export(tmp_path / "many", tmp_path / "many.bin")
+    assert many.config == whole.config and many.records == whole.records
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_pytorch_bin_is_safetensors(tmp_path: Path, dtype: str) -> None:
     shape = small_models.config()

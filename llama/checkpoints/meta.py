@@ -178,9 +178,7 @@ def _hidden_dim(params: Settings, tensors: dict[str, Tensor], dim: int) -> int:
     return found
 
 
-def _rope(
-    params: Settings, options: Options, notes: list[str]
-) -> tuple[Rope, tuple[float, ...]]:
+def _rope(params: Settings, options: Options, notes: list[str]) -> tuple[Rope, tuple[float, ...]]:
     if not params.flag("use_scaled_rope", False):
         return Rope.PLAIN, ()
     if params.has("rope_scaling_factor"):
@@ -194,7 +192,7 @@ def _rope(
                 f"{shape[0]} and {shape[1]} layers cannot be told: say --rope-scaling llama3:8 "
                 "(as Llama 3.1 and 3.3) or llama3:32 (as 3.2)"
             )
-        factor = FACTORS.get(shape, 8.0)
+        factor = FACTORS.get(shape, 0.0)  # 0: another takes its place
         if not chosen:
             notes.append(
                 f"rope scaling llama3 x{factor:g}: inferred from the shape "

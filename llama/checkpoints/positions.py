@@ -15,7 +15,7 @@ from llama.errors import LlamaError
 
 FORMS = (
     "none, linear:FACTOR, dynamic:FACTOR[,ORIGINAL], yarn:FACTOR[,ORIGINAL] or "
-    "llama3:FACTOR[,LOW,HIGH,ORIGINAL]"
+    "llama3:FACTOR[,LOW,HIGH[,ORIGINAL]]"
 )
 KINDS = {
     "none": Rope.PLAIN, "linear": Rope.LINEAR, "dynamic": Rope.DYNAMIC, "yarn": Rope.YARN,
@@ -40,7 +40,9 @@ def parse(text: str) -> Scaling:
     if len(numbers) not in COUNTS[kind]:
         raise LlamaError(f"--rope-scaling: expected {FORMS}; found {text[:60]!r}")
     if not all(math.isfinite(n) and 0 < n <= 1 << 24 for n in numbers):
-        raise LlamaError(f"--rope-scaling: numbers must be above 0, found {text[:60]!r}")
+        raise LlamaError(
+            f"--rope-scaling: numbers must be above 0 and at most {1 << 24}, found {text[:60]!r}"
+        )
     if numbers and numbers[0] < 1:
         raise LlamaError(f"--rope-scaling: the factor must be at least 1, found {numbers[0]:g}")
     if kind == Rope.LLAMA3 and len(numbers) > 1 and numbers[1] >= numbers[2]:
@@ -55,15 +57,13 @@ def complete(config: Config, scaling: Scaling) -> Config:
     """CONFIG with the SCALING that `parse` read; what was not said is as published, or the
     model's own length before any scaling."""
     kind, given = scaling
+    numbers = given
     if kind in (Rope.DYNAMIC, Rope.YARN):
-        factor, original = given[0], (*given[1:], original_length(config))[0]
-        numbers = (factor, original)
-        if kind == Rope.YARN:
-            numbers += (32.0, 1.0, yarn_attention(factor), 1.0)
-    elif kind == Rope.LLAMA3:
-        numbers = (given + (1.0, 4.0, 8192.0)[len(given) - 1 :])[:4]
-    else:
-        numbers = given
+        numbers = (*given, original_length(config))[:2]
+    if kind == Rope.YARN:
+        numbers += (32.0, 1.0, yarn_attention(given[0]), 1.0)
+    if kind == Rope.LLAMA3:
+        numbers = given + (1.0, 4.0, 8192.0)[len(given) - 1 :]
     return replace(config, rope_scaling=kind, rope_numbers=numbers)
 
 
@@ -104,7 +104,8 @@ def describe(config: Config) -> str:
     """ "yarn x4 from 4096" for a person; "none" for a plain one."""
     if config.rope_scaling == Rope.PLAIN:
         return "none"
-    text = f"{config.rope_scaling.name.lower()} x{config.rope_numbers[0]:g}"
+    factor = f"x{config.rope_numbers[0]:g}" if config.rope_numbers[0] else "of unknown factor"
+    text = f"{config.rope_scaling.name.lower()} {factor}"
     if config.rope_scaling != Rope.LINEAR:
         text += f" from {original_length(config):g}"
     return text

@@ -33,7 +33,7 @@ def store_once(checkpoint: Checkpoint, progress: Callable[[int, int], object]) -
     if len(pair) < 2 or not whole or pair[0].shape != pair[1].shape:
         return  # nothing to compare, or Checkpoint.check says what is wrong
     names = [checkpoint.own_names.get(name, name) for name in (OUTPUT, INPUT)]
-    if same(*pair, progress):
+    if same(pair[0], pair[1], progress):
         del tensors[OUTPUT]
         checkpoint.tensors = tensors
         checkpoint.config = replace(checkpoint.config, tied=True)

@@ -206,7 +206,6 @@ class _Archive:
         offset = storage.offset + start * STORED[storage.kind].itemsize
         return _Sealed(Plain(storage.file, offset, storage.kind, shape, storage.name))
 
-
     def untyped(
         self, storage: _Sealed, start: int, shape: tuple[int, ...], strides: tuple[int, ...],
         requires_grad: object, hooks: object, dtype: _Sealed, metadata: object = None,
