@@ -215,6 +215,13 @@ def test_defaults_are_transformers(tmp_path: Path) -> None:
     assert (config.rope_theta, config.norm_eps, config.tied) == (1e4, 1e-6, False)
 
 
+def test_code_of_its_own_is_mentioned(tmp_path: Path) -> None:
+    shape = small_models.config()
+    code = {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"}
+    folder = small_models.write_hf(tmp_path, shape, small_models.weights(shape), auto_map=code)
+    assert any("auto_map" in note for note in load(folder).notes)
+
+
 def test_broken_directories_are_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()

@@ -72,7 +72,7 @@ def load(path: Path, options: Options) -> Checkpoint:
     else:
         tokenizer = vocabulary.from_gguf(path, metadata, notes)
     chosen = options.rope_scaling is not None
-    config = _config(path, metadata, tensors, None if chosen else freqs, tokenizer)
+    config = _config(path, metadata, tensors, freqs, tokenizer, chosen)
     own = {_meta_name(path, name): name for name in container.tensors if name != ROPE}
     meta = _meta(path, metadata)
     return Checkpoint(path, "GGUF", config, tensors, tokenizer, meta, notes, own)
@@ -116,6 +116,7 @@ def _config(
     tensors: dict[str, Tensor],
     freqs: Tensor | None,
     tokenizer: Tokenizer,
+    chosen: bool,
 ) -> Config:
     fields = _Fields(path, metadata)
     for key, neutral in NEUTRAL.items():
@@ -132,7 +133,7 @@ def _config(
                 f"{path}: llama.{key}: expected the head's {head_dim}, found {fields.count(key)}"
             )
     theta = fields.real("rope.freq_base", 10000.0)
-    scaling, numbers = _rope(path, fields, freqs, theta, head_dim)
+    scaling, numbers = _rope(path, fields, freqs, theta, head_dim, chosen)
     return Config(
         vocab_size=tensors["tok_embeddings.weight"].shape[0],
         dim=dim,
@@ -160,7 +161,7 @@ def _any_bias(tensors: dict[str, Tensor], group: str) -> bool:
 
 
 def _rope(
-    path: Path, fields: _Fields, freqs: Tensor | None, theta: float, head_dim: int
+    path: Path, fields: _Fields, freqs: Tensor | None, theta: float, head_dim: int, chosen: bool
 ) -> tuple[Rope, tuple[float, ...]]:
     kind = fields.metadata.get("llama.rope.scaling.type", "none")
     factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0))
@@ -189,6 +190,8 @@ def _rope(
     for numbers in LLAMA3_ROPES:
         if np.allclose(found, _llama3_factors(theta, head_dim, numbers), rtol=1e-4):
             return Rope.LLAMA3, numbers
+    if chosen:
+        return Rope.LLAMA3, (0.0, 1.0, 4.0, 8192.0)  # --rope-scaling takes its place
     raise LlamaError(
         f"{path}: rope_freqs.weight fits none of the published llama3 rope scalings; "
         "--rope-scaling llama3:FACTOR says which it is"

@@ -35,7 +35,7 @@ FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0
 def load(path: Path, options: Options) -> Checkpoint:
     """Reads params.json and the shards' directories; weights stay where they are."""
     params = Settings.read(path / "params.json")
-    for key in params.values.keys() - KNOWN:
+    for key in sorted(params.values.keys() - KNOWN):
         if params.values[key] not in (None, False, 0, -1, "", [], {}):
             raise LlamaError(f"{params.path}: {key} is not supported")
     scales = sorted(path.glob("fp8_scales_*"))
@@ -47,8 +47,8 @@ def load(path: Path, options: Options) -> Checkpoint:
     notes: list[str] = []
     tensors = _merge(path, _shards(path), params.count("dim"))
     tokenizer = tokenizer_file.beside(path, ("tokenizer.model",), options, notes)
-    small = (params.count("dim"), params.count("n_layers")) in ((2048, 16), (3072, 28))
-    small = small and params.flag("use_scaled_rope", False)  # Llama 3.2's 1B and 3B
+    shape = (params.count("dim"), params.count("n_layers"))
+    small = FACTORS.get(shape) == 32 and params.flag("use_scaled_rope", False)  # Llama 3.2
     config = _config(params, tensors, tokenizer, options, notes)
     if small and "output.weight" not in tensors:
         config = replace(config, tied=True)

@@ -101,7 +101,7 @@ def apply(checkpoint: Checkpoint, scaling: Scaling | None, length: int | None) -
 
 
 def describe(config: Config) -> str:
-    """ "yarn x4 from 4096" for a person; "none" for a plain one."""
+    """The scaling for a person: "yarn x4 from 4096", "linear x2", "none"."""
     if config.rope_scaling == Rope.PLAIN:
         return "none"
     factor = f"x{config.rope_numbers[0]:g}" if config.rope_numbers[0] else "of unknown factor"
