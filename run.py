@@ -36,15 +36,27 @@ def main() -> int:
         help="each token's logprob and those of the N likeliest: on stderr, or with --prompts in "
         "the lines",
     )  # fmt: skip
+    parser.add_argument(
+        "--selftest", action="store_true",
+        help="complete nothing: check the file's checksums, and that each kernel set and device "
+        "here computes what the file says of itself; looks at --bin and --threads alone",
+    )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
     args = parser.parse_args()
     if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
         parser.error("give one of PROMPT, --ids and --prompts")
-    if args.prompt is None and args.ids is None and args.prompts is None and at_keyboard():
+    given = args.prompt is not None or args.ids is not None or args.prompts is not None
+    if args.selftest and given:
+        parser.error("--selftest takes no prompt")
+    if not (given or args.selftest) and at_keyboard():
         parser.error('give a prompt: run.py "Once upon a time", or one on standard input')
 
     def work() -> int:
+        if args.selftest:
+            from llama.selftest import selftest
+
+            return 0 if selftest(args.bin or cli.default_bin(), args.threads) else 1
         from llama.complete import complete
 
         return complete(args)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llama import golden
+from llama.cli import say
 from llama.distance import Distance, measure
 from llama.engine import Loss, Model, Tensor
 from llama.errors import LlamaError
@@ -97,7 +99,8 @@ def shrink(
         room = " " * (1024 + sum(len(t.name) + 40 for t in tensors))
         writer = Writer(
             out, model.config, records, tokenizer=(TokenizerKind[name.upper()], data),
-            meta={**model.meta, "quantize.receipt": room}, force=force,
+            meta={**model.meta, golden.KEY: golden.room(model.config), "quantize.receipt": room},
+            force=force,
         )  # fmt: skip
         with writer:
             _convert(model, tensors, writer, receipt, threads)
@@ -107,6 +110,7 @@ def shrink(
             writer.seal()
             receipt.distance = asdict(measure(source, writer.temporary, threads))
             writer.set_text("quantize.receipt", receipt.text())
+            golden.store(writer, source, threads, say)
     return receipt
 
 
