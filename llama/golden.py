@@ -46,17 +46,19 @@ class Layer:
     """A fingerprint of the residual stream (positions, dim) behind a layer."""
 
     crc32: int  # of all its float32 values
-    rms: float  # of the last position's values,
-    projections: tuple[float, ...]  # and their sums under random signs, over sqrt(dim)
+    rms: float  # of the last position's values
+    # sums under random signs of all values, each position's over their rms, over the square root
+    # of how many there are
+    projections: tuple[float, ...]
 
     def distance(self, other: Layer) -> float:
-        """About rms(x - y) / rms(x) of the last position, 0 if all is the same to the last bit:
-        under random signs the square of a sum is on average the sum of the squares."""
+        """About rms(x - y) where rms(x) is 1, 0 if all is the same to the last bit: under random
+        signs the square of a sum is on average the sum of the squares."""
         if self.crc32 == other.crc32:
             return 0.0
         squares = [(a - b) ** 2 for a, b in zip(self.projections, other.projections, strict=True)]
-        scale = self.rms or 1.0
-        return max(math.sqrt(sum(squares) / len(squares)), abs(self.rms - other.rms)) / scale
+        sizes = abs(self.rms - other.rms) / (self.rms or 1.0)
+        return max(math.sqrt(sum(squares) / len(squares)), sizes)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def compute(
                         strict=True):  # fmt: skip
         if not np.isfinite(x).all():
             raise LlamaError(f"{place} gives numbers that are not finite")
-    signs = _signs(stream.shape[2])
+    signs = _signs(stream[0].size)
     last = outputs[-1]
     largest = np.argsort(-last, kind="stable")[:TOP]
     return Golden(
@@ -143,10 +145,11 @@ def place_of(number: int) -> str:
 
 
 def _layer(x: NDArray[np.float32], signs: NDArray[np.float64]) -> Layer:
-    last = x[-1].astype(np.float64)
-    sums = signs @ last / math.sqrt(len(last))
-    rms = math.sqrt(float((last * last).mean()))
-    return Layer(_crc32(x), float(f"{rms:.9g}"), tuple(float(f"{p:.9g}") for p in sums))
+    values = x.astype(np.float64)
+    rms = np.sqrt((values * values).mean(axis=1))
+    values /= np.where(rms, rms, 1)[:, None]
+    sums = signs @ values.reshape(-1) / math.sqrt(values.size)
+    return Layer(_crc32(x), float(f"{rms[-1]:.9g}"), tuple(float(f"{p:.9g}") for p in sums))
 
 
 def _crc32(x: NDArray[np.float32]) -> int:
@@ -158,9 +161,9 @@ def _short(x: np.float32) -> float:
     return float(np.format_float_scientific(x))
 
 
-def _signs(dim: int) -> NDArray[np.float64]:
-    """(PROJECTIONS, dim) of 1 and -1: bit j of SplitMix64's output number i, 1 for a set bit."""
-    z = np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _signs(n: int) -> NDArray[np.float64]:
+    """(PROJECTIONS, n) of 1 and -1: bit j of SplitMix64's output number i, 1 for a set bit."""
+    z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
@@ -261,14 +264,14 @@ def load(meta: Mapping[str, Any], config: Config) -> Golden | None:
     words = entry.get("text")
     if not (words is None or (isinstance(words, str) and 0 < len(words) <= 4096)):
         raise LlamaError(f"{KEY}: text: expected 1 to 4096 characters or null")
-    ids = _list(entry, "ids", 1, MAX_IDS)
+    ids = [_integer("ids", token, config.vocab_size) for token in _list(entry, "ids", 1, MAX_IDS)]
     layers = _list(entry, "layers", config.n_layers + 1, config.n_layers + 1)
     positions = _integer("positions", entry.get("positions"), MOST_POSITIONS + 1)
     if not 0 < positions <= len(ids):
         raise LlamaError(f"{KEY}: positions: expected 1 to {len(ids)}, found {positions}")
     return Golden(
-        words, tuple(_integer("ids", token, config.vocab_size) for token in ids), positions,
-        tuple(_read_layer(one) for one in layers), _integer("outputs", entry.get("outputs"), 2**32),
+        words, tuple(ids), positions, tuple(_read_layer(one) for one in layers),
+        _integer("outputs", entry.get("outputs"), 2**32),
         _read_top(entry, "top", 1, config.n_outputs),
         _read_top(entry, "source", 0, config.n_outputs),
     )  # fmt: skip
