@@ -32,6 +32,10 @@ def main() -> int:
         help="make so many and print the --n (1) with the largest sum of logprobs, best first",
     )  # fmt: skip
     parser.add_argument(
+        "--reward-bin", type=Path, metavar="FILE",
+        help="a reward model of the same vocabulary, whose score counts for --best-of instead",
+    )  # fmt: skip
+    parser.add_argument(
         "--logprobs", type=int, metavar="N",
         help="each token's logprob and those of the N likeliest: on stderr, or with --prompts in "
         "the lines",
@@ -47,6 +51,8 @@ def main() -> int:
     if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
         parser.error("give one of PROMPT, --ids and --prompts")
     given = args.prompt is not None or args.ids is not None or args.prompts is not None
+    if args.reward_bin is not None and args.best_of is None:
+        parser.error("--reward-bin needs --best-of, how many completions it chooses from")
     if args.selftest and given:
         parser.error("--selftest takes no prompt")
     if not (given or args.selftest) and at_keyboard():
