@@ -24,6 +24,7 @@ class Judge:
     def __init__(self, batches: Batches, tokenizer: Tokenizer, theirs: Tokenizer) -> None:
         """BATCHES and TOKENIZER are the reward model's, THEIRS the other model's. LlamaError where
         it is no reward model, or the two do not belong together."""
+        batches.check_open()
         config = batches.engine.config
         if config.head != Head.SEQUENCE or config.n_labels != 1:
             found = f"the head {config.head.name.lower()}"
