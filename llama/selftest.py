@@ -7,7 +7,6 @@ ones, other devices against the file. Each check is one line, which names what d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from llama import golden
 from llama.config import Head
 from llama.distance import Distance
 from llama.engine import Engine, Model, isa_names
-from llama.errors import LlamaError
+from llama.errors import LlamaError, one_line
 from llama.golden import Golden, Layer
 from llama.quant import Kind
+from llama.shrink import read_receipt
 
 # How far apart two layers may be, as Layer.distance has it. On one CPU nothing may differ but the
 # cosines and sines of the system's C library. Those wrong in their last bit moved no layer of a
@@ -48,8 +48,7 @@ class Report:
         self.say("-", what)
 
     def say(self, mark: str, text: str) -> None:
-        # texts out of the file may stand in it: a LlamaError's are one line and printable
-        print(f"{mark:<6}  {LlamaError(text)}", flush=True)
+        print(one_line(f"{mark:<6}  {text}"), flush=True)
 
     def summary(self) -> str:
         if self.failures:
@@ -76,10 +75,16 @@ def selftest(path: Path, threads: int | None = None) -> bool:
     found = _cpu(path, stored, threads, report)
     _others(path, stored, report)
     if "quantize.receipt" in meta:
-        _receipt(meta["quantize.receipt"], report)
+        try:
+            receipt = read_receipt(meta["quantize.receipt"])
+            if receipt.distance is not None:
+                then = Distance(**receipt.distance)
+                report.note(f"from its source, {receipt.source}, when quantised: {then}")
+        except LlamaError as error:
+            report.check("", str(error))
     if stored is not None and found is not None and stored.source:
-        far = source_distance(stored.source, found, config.head)
-        report.note(f"from its source, now, after the self-test's text: {far}")
+        now = source_distance(stored.source, found, config.head)
+        report.note(f"from its source, now, after the self-test's text: {now}")
     print(report.summary(), flush=True)
     return not report.failures
 
@@ -228,16 +233,6 @@ def _numbers(a: Layer, b: Layer) -> str:
 
 
 # --- quantised files
-
-
-def _receipt(text: object, report: Report) -> None:
-    """How far the file was from the one it was made of when it was made."""
-    try:
-        told = json.loads(str(text))
-        source, told = str(told["source"]), Distance(**told["distance"])
-        report.note(f"from its source, {source}, when quantised: {told}")
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        report.check("", "quantize.receipt cannot be read")
 
 
 def source_distance(source: Mapping[int, float], found: Golden, head: Head) -> str:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class Receipt:
 
     def text(self) -> str:
         return json.dumps(asdict(self))
+
+
+def read_receipt(text: object) -> Receipt:
+    """The receipt in a file's meta, which may be anyone's; LlamaError if it is none."""
+    try:
+        entry = json.loads(str(text))
+        names = {field.name for field in fields(Receipt)}  # a later version may say more
+        receipt = Receipt(**{name: value for name, value in entry.items() if name in names})
+        list(receipt.lines())
+        return receipt
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise LlamaError("quantize.receipt cannot be read") from None
 
 
 def plan(tensors: list[Tensor], bits: int) -> list[Record]:

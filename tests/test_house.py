@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "bench": {"cli", "engine", "machine"},
     "distance": {"cli", "engine", "tokenizer"},
     "golden": {"config", "engine", "format", "tokenizer"},
-    "selftest": {"config", "distance", "engine", "golden", "quant"},
+    "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
+    "info": {"config", "engine", "golden", "shrink", "tokenizer"},
     "shrink": {"cli", "distance", "engine", "format", "golden", "quant"},
     "__init__": {"generate", "sampling"},
 }
