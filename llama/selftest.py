@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llama import golden
 from llama.config import Head
 from llama.distance import Distance
-from llama.engine import Engine, Model, isa_names
+from llama.engine import Model, isa_names
 from llama.errors import LlamaError, one_line
 from llama.golden import Golden, Layer
 from llama.quant import Kind
@@ -29,7 +29,6 @@ FLOAT, QUANTISED = 1e-4, 1e-3
 OTHER_DEVICES = 1e-2
 DEVICES = ("cuda",)  # besides the CPU
 NAMED = 5  # damaged tensors that the report names
-EXACT = "to the last bit"
 
 
 class Report:
@@ -70,10 +69,11 @@ def selftest(path: Path, threads: int | None = None) -> bool:
             report.note("the file holds no answers to compare with; export.py writes them")
     except LlamaError as error:
         report.check("", f"the file's stored answers cannot be read: {error}")
+    _tokenizer(path, stored, report)
+    floats = config.dtype in (Kind.F32.label, Kind.F16.label, Kind.BF16.label)
+    found = _cpu(path, stored, FLOAT if floats else QUANTISED, threads, report)
     if stored is not None:
-        _tokenizer(path, stored, report)
-    found = _cpu(path, stored, threads, report)
-    _others(path, stored, report)
+        _others(path, stored, report)
     if "quantize.receipt" in meta:
         try:
             receipt = read_receipt(meta["quantize.receipt"])
@@ -107,12 +107,12 @@ def _checksums(path: Path, report: Report) -> None:
                  f"checksums: {'; '.join(bad[:NAMED])}{more}" if bad else None)  # fmt: skip
 
 
-def _tokenizer(path: Path, stored: Golden, report: Report) -> None:
-    if stored.text is None:
-        return
+def _tokenizer(path: Path, stored: Golden | None, report: Report) -> None:
     try:
-        with Engine(path, max_seq_len=1) as engine:
-            tokenizer = golden.tokenizer_of(engine)
+        with Model(path) as model:
+            tokenizer = golden.tokenizer_of(model)
+        if stored is None or stored.text is None:
+            return
         ids = golden.encode(tokenizer, stored.text)
     except LlamaError as error:
         report.check("", f"tokenizer: {error}")
@@ -129,46 +129,42 @@ def _tokenizer(path: Path, stored: Golden, report: Report) -> None:
     report.check("", f"tokenizer: id {place} of a text: expected {words[0]}, found {words[1]}")
 
 
-def _cpu(path: Path, stored: Golden | None, threads: int | None, report: Report) -> Golden | None:
+def _cpu(
+    path: Path, stored: Golden | None, tolerance: float, threads: int | None, report: Report
+) -> Golden | None:
     """The scalar kernels against the file, the others against these; the scalar ones' answers."""
-    found = _answers(path, "cpu", "scalar", stored, threads, report)
-    if found is not None and stored is not None:
-        same = _same(stored, found)
-        problem = None if same else _cpu_problem(stored, found, path)
-        report.check(f"cpu scalar: {_layers(stored)} as stored, {_how(stored, found)}",
-                     problem and f"cpu scalar: {problem}")  # fmt: skip
+    found = _answers(path, "scalar", stored, threads, report)
+    if found is None:
+        return None
+    if stored is not None:
+        # Cosines and sines enter every layer alike: where the first layer is the same, they are,
+        # and what differs after it is no matter of the C library.
+        known = stored.layers[1].crc32 == found.layers[1].crc32
+        _compare("cpu scalar", "as stored", stored, found, 0.0 if known else tolerance, report)
     for isa in reversed(isa_names()):
-        if isa == "scalar" or found is None:
-            continue
-        other = _answers(path, "cpu", isa, found, threads, report)
-        if other is not None:
-            problem = None if _same(found, other) else difference(found, other, 0.0)
-            report.check(f"cpu {isa}: as cpu scalar, {EXACT}", problem and f"cpu {isa}: {problem}")
+        if isa != "scalar" and (other := _answers(path, isa, found, threads, report)) is not None:
+            _compare(f"cpu {isa}", "as cpu scalar", found, other, 0.0, report)
     return found
 
 
-def _others(path: Path, stored: Golden | None, report: Report) -> None:
+def _others(path: Path, stored: Golden, report: Report) -> None:
     """Other devices against the file."""
     for device in DEVICES:
-        if stored is None:
-            continue
         try:
             found = _compute(path, device, None, stored, None)
         except LlamaError as error:
             report.note(f"{device}: not tested: {error}")
             continue
-        problem = difference(stored, found, OTHER_DEVICES)
-        report.check(f"{device}: {_layers(stored)} as stored, {_how(stored, found)}",
-                     problem and f"{device}: {problem}")  # fmt: skip
+        _compare(device, "as stored", stored, found, OTHER_DEVICES, report)
 
 
 def _answers(
-    path: Path, device: str, isa: str, known: Golden | None, threads: int | None, report: Report
+    path: Path, isa: str, known: Golden | None, threads: int | None, report: Report
 ) -> Golden | None:
     try:
-        return _compute(path, device, isa, known, threads)
+        return _compute(path, "cpu", isa, known, threads)
     except LlamaError as error:
-        report.check("", f"{device} {isa}: {error}")
+        report.check("", f"cpu {isa}: {error}")
         return None
 
 
@@ -184,27 +180,16 @@ def _compute(
 # --- what differs, and how far
 
 
-def _same(a: Golden, b: Golden) -> bool:
-    return a.layers == b.layers and a.outputs == b.outputs and a.top == b.top
-
-
-def _layers(stored: Golden) -> str:
-    n = len(stored.layers) - 1
-    return f"{n} layer{'s' * (n > 1)} and the head"
-
-
-def _how(expected: Golden, found: Golden) -> str:
+def _compare(
+    who: str, what: str, expected: Golden, found: Golden, tolerance: float, report: Report
+) -> None:
+    n = len(expected.layers) - 1
     furthest = max(a.distance(b) for a, b in zip(expected.layers, found.layers, strict=True))
-    return f"within {furthest:.1e}" if furthest else EXACT
-
-
-def _cpu_problem(stored: Golden, found: Golden, path: Path) -> str | None:
-    """As difference(). Cosines and sines enter every layer alike: where the first layer is the
-    same, they are, and what differs after it is no matter of the C library."""
-    with Model(path) as model:
-        floats = model.config.dtype in (Kind.F32.label, Kind.F16.label, Kind.BF16.label)
-    first = stored.layers[1].crc32 == found.layers[1].crc32
-    return difference(stored, found, 0.0 if first else FLOAT if floats else QUANTISED)
+    exact = not furthest and expected.outputs == found.outputs
+    how = "to the last bit" if exact else f"within {furthest:.1e}"
+    problem = difference(expected, found, tolerance)
+    report.check(f"{who}: {n} layer{'s' * (n > 1)} and the head {what}, {how}",
+                 problem and f"{who}: {problem}")  # fmt: skip
 
 
 def difference(expected: Golden, found: Golden, tolerance: float) -> str | None:

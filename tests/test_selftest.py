@@ -142,7 +142,7 @@ def test_the_answers_are_the_networks(model: Path) -> None:
     assert first.crc32 == zlib.crc32(rows.astype("<f4").tobytes())
     assert first.rms == pytest.approx(math.sqrt((rows[-1].astype(float) ** 2).mean()))
     again = golden.compute(model)
-    assert selftest._same(again, found) and again.json() == found.json()
+    assert selftest.difference(found, again, 0.0) is None and again.json() == found.json()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1])
@@ -223,7 +223,7 @@ def test_a_good_file(model: Path) -> None:
         "ok      checksums of 39 tensors, 0.3 MB",
         f"ok      tokenizer: the {len(golden.PROMPT.encode())} ids of a text, as stored",
         "ok      cpu scalar: 4 layers and the head as stored, to the last bit",
-        *[f"ok      cpu {isa}: as cpu scalar, to the last bit"
+        *[f"ok      cpu {isa}: 4 layers and the head as cpu scalar, to the last bit"
           for isa in reversed(isa_names()) if isa != "scalar"],
         '-       cuda: not tested: device "cuda": this library was built without CUDA; use device '
         '"cpu"',
@@ -307,6 +307,17 @@ def test_another_tokenizer_is_named(
     place = len(golden.PROMPT.encode()) - len("len(x)")
     expected = f"FAILED  tokenizer: id {place} of a text: expected 111 'l', found the end"
     assert found == [expected]
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where answers are stored, and where none are."""
+    for golden in (True, False):
+        path = small_models.write_bin(
+            tmp_path / f"{golden}.bin", SHAPE, golden=golden, tokenizer=(TokenizerKind.JSON, b"{")
+        )
+        found = failures(path, capsys)
+        assert len(found) == 1
+        assert found[0].startswith("FAILED  tokenizer: tokenizer.json cannot be read: ")
 
 
 # --- what machines do
