@@ -123,7 +123,15 @@ def compute(
     ) as engine:  # fmt: skip
         text, ids = prompt_of(engine.model) if like is None else (like.text, like.ids)
         n = min(POSITIONS, len(ids), engine.config.max_seq_len) if like is None else like.positions
-        stream, outputs = engine.trace(ids[:n], [0] * n, range(n), [True] * n)
+        # the last token by itself: fast kernels have other paths for a prompt than for a token;
+        # the scalar ones have not, and would read every weight of a large file twice
+        parts = [range(n)] if isa == "scalar" or n == 1 else [range(n - 1), range(n - 1, n)]
+        traced = [
+            engine.trace([ids[i] for i in part], [0] * len(part), part, [True] * len(part))
+            for part in parts
+        ]
+    stream = np.concatenate([x for x, _ in traced], axis=1)
+    outputs = np.concatenate([y for _, y in traced])
     for place, x in zip((*map(place_of, range(len(stream))), "the head"), (*stream, outputs),
                         strict=True):  # fmt: skip
         if not np.isfinite(x).all():

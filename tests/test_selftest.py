@@ -311,9 +311,9 @@ def test_another_tokenizer_is_named(
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where answers are stored, and where none are."""
-    for golden in (True, False):
+    for stored in (True, False):
         path = small_models.write_bin(
-            tmp_path / f"{golden}.bin", SHAPE, golden=golden, tokenizer=(TokenizerKind.JSON, b"{")
+            tmp_path / f"{stored}.bin", SHAPE, golden=stored, tokenizer=(TokenizerKind.JSON, b"{")
         )
         found = failures(path, capsys)
         assert len(found) == 1
@@ -327,10 +327,11 @@ def wrong(monkeypatch: pytest.MonkeyPatch, at: int, size: float, isas: set[str])
     """An engine whose ISAS are off by SIZE, relatively, from Golden.layers[AT] on."""
 
     class Wrong(Engine):
-        def trace(self, *args: Any) -> Any:
-            stream, outputs = super().trace(*args)
+        def trace(self, tokens: Any, sequences: Any, positions: Any, want: Any) -> Any:
+            stream, outputs = super().trace(tokens, sequences, positions, want)
             if self.info().isa in isas:
-                noise = np.random.default_rng(1).standard_normal(stream.shape)
+                shape = (len(stream), golden.MOST_POSITIONS, stream.shape[2])
+                noise = np.random.default_rng(1).standard_normal(shape)[:, list(positions)]
                 stream[at:] += (stream * noise * size)[at:]
                 outputs = outputs * np.float32(1 + size)
             return stream, outputs
@@ -346,6 +347,22 @@ def test_wrong_kernels_are_named(
     found = failures(model, capsys)
     assert len(found) == 1
     assert found[0].startswith(f"FAILED  cpu {isa}: layer 2 differs first: expected rms ")
+
+
+@pytest.mark.parametrize("rows", [1, golden.POSITIONS - 1])
+def test_both_a_prompts_and_a_tokens_kernels_are_tried(
+    rows: int, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(Engine):
+        def trace(self, tokens: Any, *args: Any) -> Any:
+            stream, outputs = super().trace(tokens, *args)
+            stream[3] += np.float32(1e-3) * (len(tokens) == rows)
+            return stream, outputs
+
+    monkeypatch.setattr(golden, "Engine", Wrong)
+    found = failures(model, capsys)
+    assert len(found) == len(isa_names()) - 1
+    assert all(": layer 2 differs first: " in line for line in found)
 
 
 def test_what_another_c_library_may_change(
