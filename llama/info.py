@@ -57,9 +57,8 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
     try:
         stored = golden.load(meta, c)
         of = " and of its source's" * bool(stored and stored.source)
-        yield "selftest", "none stored" if stored is None else (
-            f"answers to {len(stored.ids)} ids{of}; run.py --selftest compares"
-        )
+        answers = stored and f"answers to {len(stored.ids)} ids{of}; run.py --selftest compares"
+        yield "selftest", answers or "none stored"
     except LlamaError as error:
         yield "selftest", error
     if "quantize.receipt" in meta:

@@ -128,9 +128,7 @@ def test_a_dialog_is_judged_as_it_was_rendered(llm: Llama, judge: Llama, folder:
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_a_stop_string_is_not_judged(
-    echo: bool, llm: Llama, judge: Llama, folder: Path
-) -> None:
+def test_a_stop_string_is_not_judged(echo: bool, llm: Llama, judge: Llama, folder: Path) -> None:
     """Nor is it in the text that the person gets."""
     letters = {token + 3: 50.0 for token in range(ord("a"), ord("z") + 1)}
     free = replace(DRAWN, max_tokens=20, seed=3, logit_bias=letters)
