@@ -7,6 +7,7 @@
 #define BACKEND_H
 #include "cache.h"
 #include "model.h"
+#include <stdbool.h>
 
 /* Rows to compute, already checked; every position's page is there and writable. */
 struct rows {
@@ -16,6 +17,9 @@ struct rows {
     const uint8_t *want;                  // (n): 1 where logits are asked for; or NULL
     const struct sequence *const *of;     // (n) each row's sequence
     const int32_t *rope_lengths;          // (n) for rope_length; or NULL, all 0
+    size_t wanted;                        // rows that want logits
+    bool hidden;                          // they get hidden states instead
+    float *stream;                        // (n_layers + 1, wanted, dim); or NULL
 };
 
 struct backend {
@@ -26,7 +30,7 @@ struct backend {
                 llama_session_info *info, void **state);
     void (*close)(void *state);
     struct pages (*pages)(void *state);
-    /* logits (rows wanted, vocab_size), in row order. */
+    /* logits (wanted, n_outputs), or hidden states (wanted, dim), in row order. */
     int (*forward)(void *state, const struct rows *rows, float *logits);
 };
 

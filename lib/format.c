@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 enum { HEADER_BYTES = 256, RECORD_BYTES = 128, NAME_BYTES = 64, ENTRY_BYTES = 24, ALIGN = 64 };
-enum { MAX_TENSORS = 65536, MAX_METAS = 4096, MAX_KEY = 255 };
+enum { MAX_TENSORS = 65536, MAX_METAS = 4096, MAX_KEY = 255, MAX_LABELS = 65536 };
 
 typedef unsigned long long ull;
 
@@ -109,6 +109,24 @@ static int check_rope(const struct file *f) {
     return 0;
 }
 
+static int check_head(const struct file *f) {
+    const llama_config *c = &f->config;
+    const uint32_t labels = u32(f->base + 200);
+    const bool labelled = c->head >= LLAMA_HEAD_SEQUENCE;
+    if (c->head > LLAMA_HEAD_TOKEN)
+        return fail("%s: head %u is not known to this program", f->path, c->head);
+    if (labelled ? labels < 1 || labels > MAX_LABELS : labels > 0)
+        return fail("%s: impossible config: %u labels for head %u", f->path, labels, c->head);
+    if (c->head == LLAMA_HEAD_ANSWER && labels != 2)
+        return fail("%s: impossible config: an answer's head has %u outputs, expected 2", f->path,
+                    labels);
+    if (c->head != LLAMA_HEAD_LM && c->tied)
+        return fail("%s: impossible config: head %u cannot be tied", f->path, c->head);
+    if (!labelled && c->output_bias)
+        return fail("%s: impossible config: head %u has no bias", f->path, c->head);
+    return 0;
+}
+
 static int check_config(const struct file *f) {
     const llama_config *c = &f->config;
     const struct { const char *name; uint32_t value, most; } sizes[] = {
@@ -131,7 +149,7 @@ static int check_config(const struct file *f) {
         return fail("%s: impossible config: norm_eps is %g", f->path, (double)c->norm_eps);
     if (!(c->rope_theta > 0 && isfinite(c->rope_theta)))
         return fail("%s: impossible config: rope_theta is %g", f->path, (double)c->rope_theta);
-    if (check_rope(f)) return -1;
+    if (check_rope(f) || check_head(f)) return -1;
     if (c->bos_id < -1 || (c->bos_id >= 0 && (uint32_t)c->bos_id >= c->vocab_size))
         return fail("%s: impossible config: bos_id is %d of %u tokens", f->path, c->bos_id,
                     c->vocab_size);
@@ -148,7 +166,7 @@ static int check_config(const struct file *f) {
 static int read_config(struct file *f) {
     const uint8_t *h = f->base;
     const uint32_t flags = u32(h + 76);
-    if (flags > 7) return fail("%s: unknown flags %#x in its header", f->path, flags);
+    if (flags > 15) return fail("%s: unknown flags %#x in its header", f->path, flags);
     llama_config *c = &f->config;
     uint32_t *sizes[] = {&c->vocab_size, &c->dim,     &c->hidden_dim, &c->head_dim,
                          &c->n_layers,   &c->n_heads, &c->n_kv_heads, &c->max_seq_len};
@@ -156,6 +174,7 @@ static int read_config(struct file *f) {
     c->tied = flags & 1;
     c->attention_bias = flags >> 1 & 1;
     c->mlp_bias = flags >> 2 & 1;
+    c->output_bias = flags >> 3 & 1;
     c->norm_eps = f32(h + 112);
     c->rope_theta = f32(h + 116);
     c->rope_scaling = u32(h + 120);
@@ -163,6 +182,10 @@ static int read_config(struct file *f) {
     c->bos_id = (int32_t)u32(h + 156);
     c->n_eos = u32(h + 160);
     for (size_t i = 0; i < LLAMA_MAX_EOS; i++) c->eos_ids[i] = (int32_t)u32(h + 164 + 4 * i);
+    c->head = u32(h + 196);
+    c->n_outputs = c->head == LLAMA_HEAD_LM     ? c->vocab_size
+                   : c->head == LLAMA_HEAD_NONE ? c->dim
+                                                : u32(h + 200);
     c->file_bytes = f->bytes;
     return check_config(f);
 }

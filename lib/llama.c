@@ -151,7 +151,7 @@ struct llama_session {
     pthread_mutex_t lock;  // held through each call
     pid_t process;         // that opened it; a fork of it has no worker threads
     llama_session_info info;
-    float *kept;           // (n_kept, vocab_size) logits of the last forward
+    float *kept;           // (n_kept, n_outputs) logits of the last forward
     size_t n_kept, kept_room;
 };
 
@@ -214,7 +214,7 @@ int llama_get_session_info(llama_session *s, llama_session_info *info) {
     pthread_mutex_lock(&s->lock);
     *info = s->info;
     info->kv_bytes = s->cache.n_all * info->kv_bytes_per_position * PAGE_POSITIONS;
-    info->scratch_bytes += s->kept_room * s->model->model.config.vocab_size * sizeof(float);
+    info->scratch_bytes += s->kept_room * s->model->model.config.n_outputs * sizeof(float);
     pthread_mutex_unlock(&s->lock);
     return 0;
 }
@@ -250,9 +250,9 @@ static int batch_check(const llama_session *s, const llama_batch *b,
 static int keep_room(llama_session *s, size_t rows) {
     s->n_kept = 0;
     if (rows <= s->kept_room) return 0;
-    const size_t vocab_size = s->model->model.config.vocab_size;
-    if (rows > SIZE_MAX / sizeof(float) / vocab_size) return fail("too many rows want logits");
-    float *kept = realloc(s->kept, rows * vocab_size * sizeof *kept);
+    const size_t n_outputs = s->model->model.config.n_outputs;
+    if (rows > SIZE_MAX / sizeof(float) / n_outputs) return fail("too many rows want logits");
+    float *kept = realloc(s->kept, rows * n_outputs * sizeof *kept);
     if (!kept) return fail("out of memory for the logits of %zu rows", rows);
     s->kept = kept;
     s->kept_room = rows;
@@ -263,6 +263,7 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
     uint32_t ends[LLAMA_MAX_SEQUENCES];
     size_t wanted;
     if (batch_check(s, b, ends, &wanted)) return -1;
+    if (!logits && b->hidden) return fail("hidden states are not kept: give them a place");
     if (!logits && keep_room(s, wanted)) return -1;
     const struct sequence **of = malloc((b->n + 1) * sizeof *of);
     int rc = of ? 0 : fail("out of memory for a batch of %zu rows", b->n);
@@ -270,7 +271,9 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
         rc = cache_reserve(&s->cache, i, ends[i]);
     if (!rc) {
         for (size_t i = 0; i < b->n; i++) of[i] = &s->cache.sequences[b->sequences[i]];
-        const struct rows rows = {b->n, b->tokens, b->positions, b->want, of, b->rope_lengths};
+        const struct rows rows = {.n = b->n, .tokens = b->tokens, .positions = b->positions,
+                                  .want = b->want, .of = of, .rope_lengths = b->rope_lengths,
+                                  .wanted = wanted, .hidden = b->hidden, .stream = b->stream};
         rc = s->backend->forward(s->state, &rows, logits ? logits : s->kept);
     }
     free(of);
@@ -358,7 +361,9 @@ int llama_sample_logits(const float *logits, size_t vocab_size, const llama_samp
 
 /* The logits that the last forward kept for row ROW, or NULL with the reason. */
 static const float *kept_row(const llama_session *s, size_t row) {
-    if (row < s->n_kept) return s->kept + row * s->model->model.config.vocab_size;
+    const llama_config *c = &s->model->model.config;
+    if (c->head != LLAMA_HEAD_LM) return fail("this model has no language-model head"), NULL;
+    if (row < s->n_kept) return s->kept + row * c->n_outputs;
     fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
     return NULL;
 }

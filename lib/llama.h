@@ -49,6 +49,14 @@ enum {
     LLAMA_TOKENIZER_TIKTOKEN = 3       // Meta's Llama 3 file: "base64 rank" lines
 };
 enum { LLAMA_META_INT = 1, LLAMA_META_FLOAT = 2, LLAMA_META_TEXT = 3, LLAMA_META_BYTES = 4 };
+/* What a network's last matrix makes of a token's final hidden state. */
+enum {
+    LLAMA_HEAD_LM = 0,       // a logit for each token of the vocabulary
+    LLAMA_HEAD_NONE = 1,     // there is none: the hidden state itself
+    LLAMA_HEAD_SEQUENCE = 2, // a logit for each label of the text; one: its reward
+    LLAMA_HEAD_ANSWER = 3,   // two logits: an answer starts here, ends here
+    LLAMA_HEAD_TOKEN = 4     // a logit for each label of the token
+};
 enum { LLAMA_MAX_EOS = 8, LLAMA_MAX_SEQUENCES = 256 };
 
 typedef struct {
@@ -59,6 +67,9 @@ typedef struct {
     uint32_t tied;          // 1: the output matrix is the embedding matrix
     uint32_t attention_bias; // 1: wq, wk, wv and wo have biases
     uint32_t mlp_bias;      // 1: w1, w2 and w3 have
+    uint32_t head;          // LLAMA_HEAD_*
+    uint32_t n_outputs;     // that it gives for a token: vocab_size, dim, or labels
+    uint32_t output_bias;   // 1: a head of labels has a bias
     int32_t bos_id;         // -1: none
     uint32_t n_eos;
     int32_t eos_ids[8];
@@ -158,16 +169,20 @@ int llama_get_session_info(llama_session *session, llama_session_info *info);
  * Row i computes token tokens[i] of sequence sequences[i] at positions[i], and attends to that
  * sequence's positions 0..positions[i]. Within a sequence positions go up by one and start at
  * its length, so that no position is ever written twice: llama_trim first to go back.
- * A row with want[i] != 0 yields logits; want NULL asks for none.
- * Each row's logits are the same to the last bit alone or in any batch, for any split of a
- * prompt into calls, and for any number of threads.
+ * A row with want[i] != 0 yields the head's n_outputs numbers, "logits" for short; want NULL asks
+ * for none. Each row's logits are the same to the last bit alone or in any batch, for any split of
+ * a prompt into calls, and for any number of threads.
  *
  * Under LLAMA_ROPE_DYNAMIC the rotary base depends on how long the text is: row i has that of
  * max(rope_lengths[i], positions[i] + 1) tokens. Rows of a prompt are given the whole prompt's
  * length, in whichever call they come; rows that follow it may have the same number or 0. Stored
  * keys stay as they were turned, so a prefix that was computed for one length is not that of a
  * prompt of another (llama_trim, llama_fork), unless neither is longer than the model's original
- * length. Other models do not look at rope_lengths. */
+ * length. Other models do not look at rope_lengths.
+ *
+ * What the network thinks on the way is to be had too: with HIDDEN the rows that want logits yield
+ * instead the final hidden state, after the last norm, that the head would read. STREAM takes
+ * those rows' residual stream after the embedding and after each layer. */
 typedef struct {
     size_t n;
     const int32_t *tokens;    // (n), 0 <= token < vocab_size
@@ -175,10 +190,12 @@ typedef struct {
     const int32_t *positions; // (n)
     const uint8_t *want;      // (n) or NULL
     const int32_t *rope_lengths; // (n) 0 to the session's max_seq_len; NULL: all 0
+    uint32_t hidden;          // 1: hidden states, of dim numbers, in the logits' place
+    float *stream;            // (n_layers + 1, rows that want logits, dim), or NULL
 } llama_batch;
 
-/* Runs the batch. LOGITS (rows that want them, vocab_size) takes them in row order; if it is
- * NULL the session keeps them for llama_sample until its next llama_forward.
+/* Runs the batch. LOGITS (rows that want them, n_outputs or dim) takes them in row order; if it is
+ * NULL the session keeps a language model's for llama_sample until its next llama_forward.
  * On failure the sequences are as they were before the call. */
 int llama_forward(llama_session *session, const llama_batch *batch, float *logits);
 

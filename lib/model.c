@@ -84,8 +84,10 @@ int model_open(struct model *m, const char *path) {
         return -1;
     for (uint32_t n = 0; n < c->n_layers; n++)
         if (find_layer(f, n, &m->layers[n])) return -1;
+    if (c->head == LLAMA_HEAD_NONE) return 0;
     m->output = m->tok_embeddings;
-    return c->tied ? 0 : matrix(f, "output.weight", c->vocab_size, c->dim, &m->output);
+    if (!c->tied && matrix(f, "output.weight", c->n_outputs, c->dim, &m->output)) return -1;
+    return c->output_bias ? vector(f, "output.bias", c->n_outputs, &m->output.bias) : 0;
 }
 
 void model_close(struct model *m) {

@@ -30,7 +30,7 @@ struct model {
     struct matrix tok_embeddings; // (vocab_size, dim)
     struct layer *layers;         // (n_layers)
     const float *norm;            // (dim)
-    struct matrix output;         // (vocab_size, dim); tok_embeddings when tied
+    struct matrix output;         // (n_outputs, dim); tok_embeddings when tied, NULL data: no head
 };
 
 /* 0, or -1 with the reason; model_close is right after either. */

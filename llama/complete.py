@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def complete(args: Namespace) -> int:
     params = params_of(args)
     if args.prompts is not None:
         prompts, each = read_prompts(args.prompts, params)
-        with open_model(args) as llm:
-            _many(llm, prompts, each, args)
+        with open_model(args) as llm, _reward(args) as reward:
+            _many(llm, prompts, each, args, reward)
         return 0
     prompt: Prompt
     if args.ids is not None:
@@ -32,12 +33,22 @@ def complete(args: Namespace) -> int:
     else:
         # a pipe's text ends with the newline that ended its last line
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
-    with open_model(args) as llm:
+    with open_model(args) as llm, _reward(args) as reward:
         if args.n is None and args.best_of is None:
             _one(llm, prompt, params, args)
         else:
-            _several(llm, prompt, params, args)
+            _several(llm, prompt, params, args, reward)
     return 0
+
+
+def _reward(args: Namespace) -> AbstractContextManager[Llama | None]:
+    """The reward model that --reward-bin names, on the same device as the other; None: none."""
+    if args.reward_bin is None:
+        return nullcontext()
+    return Llama(
+        args.reward_bin, threads=args.threads, device=args.device, kv=args.kv,
+        activations=args.activations, isa=args.isa,
+    )  # fmt: skip
 
 
 def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) -> None:
@@ -62,14 +73,18 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
     say(speed_line(llm))
 
 
-def _several(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) -> None:
-    results = llm.generate(prompt, params, n=args.n or 1, best_of=args.best_of)
+def _several(
+    llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace, reward: Llama | None
+) -> None:
+    results = llm.generate(prompt, params, n=args.n or 1, best_of=args.best_of, reward=reward)
     if args.show_prompt:
         show_prompt(llm, llm.prompt_ids(prompt))
     for result in results:
         total = result.cumulative_logprob
-        if len(results) > 1 or total is not None:
-            say(f"completion {result.completion}" + (f", logprob {total:.4f}" if total else ""))
+        if len(results) > 1 or total is not None or result.reward is not None:
+            told = f", logprob {total:.4f}" if total else ""
+            told += "" if result.reward is None else f", reward {result.reward:.4f}"
+            say(f"completion {result.completion}{told}")
         if args.echo:
             sys.stdout.write(prompt if isinstance(prompt, str) else _text(llm, list(prompt)))
         bare = isinstance(llm.tokenizer, NoTokenizer)
@@ -88,13 +103,17 @@ def _say_logprobs(llm: Llama, result: Result) -> None:
         say(f"{line}  of {top}" if top else line)
 
 
-def _many(llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace) -> None:
+def _many(
+    llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace,
+    reward: Llama | None,
+) -> None:  # fmt: skip
     if args.show_prompt:
         for prompt in prompts:
             show_prompt(llm, llm.prompt_ids(prompt))
     done: dict[int, list[Result]] = {}
     following = 0
-    for index, results in llm.each(prompts, each, n=args.n or 1, best_of=args.best_of):
+    found = llm.each(prompts, each, n=args.n or 1, best_of=args.best_of, reward=reward)
+    for index, results in found:
         done[index] = results
         while following in done:
             line: dict[str, Any] = {"prompt": prompts[following]} if args.echo else {}
@@ -116,6 +135,8 @@ def _line(llm: Llama, result: Result) -> dict[str, Any]:
         "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
         "completion_tokens": len(result.token_ids),
     }  # fmt: skip
+    if result.reward is not None:
+        line["reward"] = result.reward
     if result.logprobs is not None:
         line["cumulative_logprob"] = result.cumulative_logprob
         line["logprobs"] = [

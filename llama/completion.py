@@ -48,6 +48,7 @@ class Result:
     # of each of token_ids, where params ask for them or best_of needs them
     logprobs: list[TokenLogprob] | None = None
     completion: int = 0  # its number among those of one prompt; it keys the random numbers
+    reward: float | None = None  # what a reward model gives it, where one was asked
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -147,6 +148,19 @@ class Job:
     def said(self) -> int:
         """How many of seen() are the completion's own."""
         return len(self.ids) - self.n_prompt if self._seen else 0
+
+    def kept(self) -> list[int]:
+        """The prompt's ids and the completion's, without the last ones if nothing but a stop
+        string, which is no part of the text, came of them."""
+        if not self._stops.hit:
+            return self.ids
+        tokenizer, _, _, fresh, echo = self._world
+        decoder = StreamDecoder(tokenizer, fresh)
+        left, n = len(self.text) - len(echo), self.n_prompt
+        while left > 0 and n < len(self.ids):
+            left -= len(decoder.feed(self.ids[n]))
+            n += 1
+        return self.ids[:n]
 
     def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
         """The logprobs of the token that push() takes next."""

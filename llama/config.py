@@ -14,6 +14,7 @@ import numpy as np
 from llama.errors import LlamaError
 
 MAX_EOS = 8
+MAX_LABELS = 65_536
 
 
 class Rope(IntEnum):
@@ -24,6 +25,16 @@ class Rope(IntEnum):
     LLAMA3 = 2
     YARN = 3
     DYNAMIC = 4
+
+
+class Head(IntEnum):
+    """What the last matrix makes of a token's final hidden state."""
+
+    LM = 0  # a logit for each token of the vocabulary
+    NONE = 1  # there is none: the hidden state itself
+    SEQUENCE = 2  # a logit for each label of the text; one: its reward
+    ANSWER = 3  # two logits: an answer starts here, ends here
+    TOKEN = 4  # a logit for each label of the token
 
 
 ROPE_COUNTS = {Rope.PLAIN: 0, Rope.LINEAR: 1, Rope.LLAMA3: 4, Rope.YARN: 6, Rope.DYNAMIC: 2}
@@ -50,6 +61,15 @@ class Config:
     mlp_bias: bool = False  # of w1, w2 and w3
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    head: Head = Head.LM
+    n_labels: int = 0  # of the heads that have labels
+    output_bias: bool = False  # of those heads
+
+    @property
+    def n_outputs(self) -> int:
+        """Numbers that the network gives for a token."""
+        sizes = {Head.LM: self.vocab_size, Head.NONE: self.dim}
+        return sizes.get(self.head, self.n_labels)
 
     def check(self) -> None:
         """Raises LlamaError for a shape that no file may hold."""
@@ -75,6 +95,7 @@ class Config:
                 raise LlamaError(f"config: {name} must be finite and above zero, found {value}")
         self._check_rope()
         self._check_ids()
+        self._check_head()
 
     def rope_length(self, prompt: int) -> int:
         """What the keys of a prompt of PROMPT tokens depend on besides its tokens: under dynamic
@@ -100,6 +121,16 @@ class Config:
                 f"config: llama3 rope scaling needs low_freq_factor below high_freq_factor, "
                 f"found {numbers[1]} and {numbers[2]}"
             )
+
+    def _check_head(self) -> None:
+        name, labelled = self.head.name.lower(), self.head >= Head.SEQUENCE
+        low, high = (2, 2) if self.head == Head.ANSWER else (1, MAX_LABELS) if labelled else (0, 0)
+        if not low <= self.n_labels <= high:
+            raise LlamaError(
+                f"config: the {name} head takes {low} to {high} labels, found {self.n_labels}"
+            )
+        if (self.tied and self.head != Head.LM) or (self.output_bias and not labelled):
+            raise LlamaError(f"config: the {name} head can be neither tied nor biased")
 
     def _check_ids(self) -> None:
         if len(self.eos_ids) > MAX_EOS:
@@ -139,6 +170,8 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
             if stem.split(".")[0] in biased:
                 shapes[f"{layer}{stem}.bias"] = shape[:1]
     shapes["norm.weight"] = (dim,)
-    if not config.tied:
-        shapes["output.weight"] = (config.vocab_size, dim)
+    if not config.tied and config.head != Head.NONE:
+        shapes["output.weight"] = (config.n_outputs, dim)
+    if config.output_bias:
+        shapes["output.bias"] = (config.n_outputs,)
     return shapes

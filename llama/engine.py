@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llama._lib import check, ffi, lib
-from llama.config import ROPE_COUNTS, Rope
+from llama.config import ROPE_COUNTS, Head, Rope
 from llama.config import Config as Shape
 from llama.errors import LlamaError
 from llama.quant import Kind
@@ -138,7 +138,9 @@ class Model:
             rope_scaling=scaling, rope_numbers=tuple(c.rope_numbers)[: ROPE_COUNTS[scaling]],
             tied=bool(c.tied), attention_bias=bool(c.attention_bias),
             mlp_bias=bool(c.mlp_bias), bos_id=None if c.bos_id < 0 else c.bos_id,
-            eos_ids=tuple(c.eos_ids)[: c.n_eos],
+            eos_ids=tuple(c.eos_ids)[: c.n_eos], head=Head(c.head),
+            n_labels=c.n_outputs if c.head >= Head.SEQUENCE else 0,
+            output_bias=bool(c.output_bias),
             dtype=Kind(c.kind).label, file_bytes=c.file_bytes, weight_bytes=c.weight_bytes,
             step_bytes=c.weight_bytes - (0 if c.tied else table),  # tied: the output matrix too
         )  # fmt: skip
@@ -236,6 +238,28 @@ def _ints(array: NDArray[np.int32]) -> Any:
     return ffi.from_buffer("int32_t[]", array)
 
 
+def _batch(
+    tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike,
+    want: Sequence[bool] | NDArray[np.bool_] | None, rope_lengths: ArrayLike | None,
+) -> tuple[Any, int, object]:  # fmt: skip
+    """The arrays as a llama_batch, how many rows want logits, and what must live as long as it."""
+    t, s = _int32("tokens", tokens), _int32("sequences", sequences)
+    p = _int32("positions", positions)
+    w = np.zeros(len(t), np.uint8) if want is None else np.asarray(want, np.uint8)
+    r = np.zeros(len(t), np.int32) if rope_lengths is None else _int32("lengths", rope_lengths)
+    if not len(t) == len(s) == len(p) == len(w) == len(r):
+        raise LlamaError(
+            f"forward: {len(t)} tokens, {len(s)} sequences, {len(p)} positions, {len(w)} wants,"
+            f" {len(r)} rope lengths"
+        )
+    batch = ffi.new("llama_batch *")
+    batch.n = len(t)
+    # cffi pointers keep their arrays alive while these do
+    pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w), _ints(r)
+    batch.tokens, batch.sequences, batch.positions, batch.want, batch.rope_lengths = pointers
+    return batch, int(np.count_nonzero(w)), pointers
+
+
 class Engine:
     """A model on a device, with its KV cache. A context manager; close() frees it all.
 
@@ -329,37 +353,45 @@ class Engine:
         want: Sequence[bool] | NDArray[np.bool_] | None = None,
         keep: bool = False,
         rope_lengths: ArrayLike | None = None,
+        hidden: bool = False,
     ) -> NDArray[np.float32] | None:
         """Computes rows of (token, sequence, position); see llama_batch in lib/llama.h.
 
-        Returns the logits of the rows that WANT them, (n wanted, vocab_size); or, with KEEP,
-        None, and the session holds them for sample(). ROPE_LENGTHS are each row's, for dynamic
-        rope scaling: the length of the whole prompt.
+        Returns the head's numbers for the rows that WANT them, (n wanted, n_outputs), or with
+        HIDDEN the hidden states that the head would read, (n wanted, dim); or, with KEEP, None, and
+        the session holds the logits for sample(). ROPE_LENGTHS are each row's, for dynamic rope
+        scaling: the length of the whole prompt.
         """
-        t, s = _int32("tokens", tokens), _int32("sequences", sequences)
-        p = _int32("positions", positions)
-        w = np.zeros(len(t), np.uint8) if want is None else np.asarray(want, np.uint8)
-        r = np.zeros(len(t), np.int32) if rope_lengths is None else _int32("lengths", rope_lengths)
-        if not len(t) == len(s) == len(p) == len(w) == len(r):
-            raise LlamaError(
-                f"forward: {len(t)} tokens, {len(s)} sequences, {len(p)} positions, {len(w)} wants,"
-                f" {len(r)} rope lengths"
-            )
-        batch = ffi.new("llama_batch *")
-        batch.n = len(t)
-        # cffi pointers keep their arrays alive while these names do
-        pointers = _ints(t), _ints(s), _ints(p), ffi.from_buffer("uint8_t[]", w), _ints(r)
-        batch.tokens, batch.sequences, batch.positions, batch.want, batch.rope_lengths = pointers
+        batch, wanted, alive = _batch(tokens, sequences, positions, want, rope_lengths)
+        batch.hidden = hidden
         if keep:
             with self._turn:
                 check(lib.llama_forward(self.handle, batch, ffi.NULL))
             return None
-        logits = np.empty((int(np.count_nonzero(w)), self.config.vocab_size), np.float32)
+        out = self._run(batch, wanted, self.config.dim if hidden else self.config.n_outputs)
+        del alive
+        return out
+
+    def trace(
+        self, tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike, want: Sequence[bool]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """forward, and the residual stream of the rows that WANT it, after the embedding and after
+        each layer: (n_layers + 1, n wanted, dim) and (n wanted, n_outputs)."""
+        batch, wanted, alive = _batch(tokens, sequences, positions, want, None)
+        stream = np.empty((self.config.n_layers + 1, wanted, self.config.dim), np.float32)
+        room = ffi.from_buffer("float[]", stream)
+        batch.stream = room
+        out = self._run(batch, wanted, self.config.n_outputs)
+        del alive, room
+        return stream, out
+
+    def _run(self, batch: Any, wanted: int, width: int) -> NDArray[np.float32]:
+        out = np.empty((wanted, width), np.float32)
         # one float of room even when no row is wanted: NULL would mean "keep"
-        out = logits if logits.size else np.empty(1, np.float32)
+        room = out if out.size else np.empty(1, np.float32)
         with self._turn:
-            check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", out)))
-        return logits
+            check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", room)))
+        return out
 
     def length(self, sequence: int) -> int:
         """Positions that SEQUENCE holds."""

@@ -22,18 +22,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.config import MAX_EOS, ROPE_COUNTS, Config, Rope, expected_tensors
+from llama.config import MAX_EOS, ROPE_COUNTS, Config, Head, Rope, expected_tensors
 from llama.errors import LlamaError
 from llama.quant import TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
 
-__all__ = ["Bin", "Config", "Record", "Required", "Rope", "Tensors", "TokenizerKind", "Writer",
-           "expected_tensors", "read"]  # fmt: skip
+__all__ = ["Bin", "Config", "Head", "Record", "Required", "Rope", "Tensors", "TokenizerKind",
+           "Writer", "expected_tensors", "read"]  # fmt: skip
 MAGIC = b"LlamaBin"
 VERSION = 1
 ALIGN = 64
 # magic version crc | header_bytes file_bytes | n_tensors n_meta | meta and tokenizer: offset,
-# bytes | tokenizer_kind flags | eight sizes | eps theta | rope | bos n_eos eos | zeros
-HEADER = struct.Struct("<8sII QQ II QQQQ II 8I ff I8f iI8i 60x")
+# bytes | tokenizer_kind flags | eight sizes | eps theta | rope | bos n_eos eos | head n_labels |
+# zeros
+HEADER = struct.Struct("<8sII QQ II QQQQ II 8I ff I8f iI8i II 52x")
 CRC_OFFSET = 12
 # name | kind n_dims | shape | offset bytes | crc | zeros
 RECORD = struct.Struct("<64s II QQ QQ I 20x")
@@ -292,14 +293,14 @@ class Writer:
         tokenizer_kind, tokenizer = self.tokenizer
         numbers = [*c.rope_numbers, *[0.0] * (8 - len(c.rope_numbers))]
         eos = [*c.eos_ids, *[0] * (MAX_EOS - len(c.eos_ids))]
-        flags = c.tied | c.attention_bias << 1 | c.mlp_bias << 2
+        flags = c.tied | c.attention_bias << 1 | c.mlp_bias << 2 | c.output_bias << 3
         head = HEADER.pack(
             MAGIC, VERSION, 0, self.header_bytes, self.file_bytes, len(self.records),
             len(self._entries), meta_offset, len(self._meta), meta_offset + len(self._meta),
             len(tokenizer), tokenizer_kind, flags, c.vocab_size, c.dim, c.hidden_dim,
             c.head_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.max_seq_len, c.norm_eps,
             c.rope_theta, c.rope_scaling, *numbers, -1 if c.bos_id is None else c.bos_id,
-            len(c.eos_ids), *eos,
+            len(c.eos_ids), *eos, c.head, c.n_labels,
         )  # fmt: skip
         whole = bytearray((head + records + self._meta + tokenizer).ljust(self.header_bytes, b"\0"))
         struct.pack_into("<I", whole, CRC_OFFSET, zlib.crc32(whole))
@@ -393,7 +394,7 @@ def _parse(path: Path, data: Array) -> Bin:
         tokenizer_kind in set(TokenizerKind) and (tokenizer_kind == 0) == (tokenizer_bytes == 0),
         f"unknown tokenizer kind {tokenizer_kind} with {tokenizer_bytes} bytes",
     )
-    demand(flags < 8, f"unknown flags {flags:#x}")
+    demand(flags < 16, f"unknown flags {flags:#x}")
     config = _unpack_config(path, head[13:], flags)
     records = _unpack_records(path, front, n_tensors, header_bytes, file_bytes)
     found = {name: record.shape for name, record in records.items()}
@@ -410,14 +411,18 @@ def _unpack_config(path: Path, values: tuple[Any, ...], flags: int) -> Config:
     (vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
      norm_eps, rope_theta, scaling) = values[:11]  # fmt: skip
     numbers, bos_id, n_eos, eos = values[11:19], values[19], values[20], values[21:29]
-    if scaling not in set(Rope) or n_eos > MAX_EOS:
-        raise LlamaError(f"{path}: unknown rope scaling {scaling} or too many eos ids {n_eos}")
+    head, n_labels = values[29:]
+    if scaling not in set(Rope) or n_eos > MAX_EOS or head not in set(Head):
+        raise LlamaError(
+            f"{path}: unknown rope scaling {scaling} or head {head}, or too many eos ids {n_eos}"
+        )
     count = ROPE_COUNTS[Rope(scaling)]
     config = Config(
         vocab_size, dim, hidden_dim, head_dim, n_layers, n_heads, n_kv_heads, max_seq_len,
         norm_eps, rope_theta, Rope(scaling), tuple(numbers[:count]), tied=bool(flags & 1),
         attention_bias=bool(flags & 2), mlp_bias=bool(flags & 4),
-        bos_id=None if bos_id == -1 else bos_id, eos_ids=tuple(eos[:n_eos]),
+        bos_id=None if bos_id == -1 else bos_id, eos_ids=tuple(eos[:n_eos]), head=Head(head),
+        n_labels=n_labels, output_bias=bool(flags & 8),
     )  # fmt: skip
     try:
         config.check()

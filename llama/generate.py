@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llama.batch import MAX_CHUNK, Batches, Counters
 from llama.completion import Job, Result
 from llama.errors import LlamaError
+from llama.reward import Judge, best_first
 from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer
@@ -152,63 +153,65 @@ class Llama:
     @overload
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
-        n: None = None, best_of: int | None = None, echo: bool = False,
+        n: None = None, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> Result: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
-        n: int, best_of: int | None = None, echo: bool = False,
+        n: int, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> list[Result]: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]] | list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        n: None = None, best_of: int | None = None, echo: bool = False,
+        n: None = None, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> list[Result]: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]] | list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        n: int, best_of: int | None = None, echo: bool = False,
+        n: int, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> list[list[Result]]: ...  # fmt: skip
 
     def generate(
         self, prompt: Any, params: Any = None, *, n: int | None = None,
-        best_of: int | None = None, echo: bool = False,
+        best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> Any:  # fmt: skip
         """Completes PROMPT (text or token ids), or a list of prompts together in one batch, each
         as if alone; for a list PARAMS may be a list too. A text gets the model's begin token.
 
         N: so many completions of each prompt, a list in place of a Result, numbered from 0; the
         prompt is computed once. BEST_OF: so many are made, and the N (else the one) with the
-        largest sum of logprobs returned, the best first. ECHO: texts begin with their prompt."""
-        request = Request(n, best_of)
+        largest sum of logprobs returned, the best first; or, with REWARD, an open reward model of
+        the same vocabulary, those that it gives the most. ECHO: texts begin with their prompt."""
+        request = self._request(n, best_of, reward)
         if isinstance(prompt, str) or _is_ids(prompt):
-            return self._finish([request.jobs(self._job(prompt, params, echo))], request)[0]
-        return self._finish(
-            [request.jobs(job) for job in self._jobs(prompt, params, echo)], request
-        )
+            job = self._job(prompt, params, echo, request.judge)
+            return self._finish([request.jobs(job)], request)[0]
+        jobs = self._jobs(prompt, params, echo, request.judge)
+        return self._finish([request.jobs(job) for job in jobs], request)
 
     @overload
     def each(
         self, prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        n: None = None, best_of: int | None = None,
+        n: None = None, best_of: int | None = None, reward: Llama | None = None,
     ) -> Iterator[tuple[int, Result]]: ...  # fmt: skip
     @overload
     def each(
         self, prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        n: int, best_of: int | None = None,
+        n: int, best_of: int | None = None, reward: Llama | None = None,
     ) -> Iterator[tuple[int, list[Result]]]: ...  # fmt: skip
 
     def each(
         self, prompts: Sequence[Prompt], params: Any = None, *, n: int | None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, reward: Llama | None = None,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """As generate() of a list; yields (index, result) as each prompt finishes."""
-        request = Request(n, best_of)
-        groups = [request.jobs(job) for job in self._jobs(prompts, params)]
+        request = self._request(n, best_of, reward)
+        jobs = self._jobs(prompts, params, judge=request.judge)
+        groups = [request.jobs(job) for job in jobs]
         return self._each(groups, request)
 
     def stream(
@@ -220,22 +223,23 @@ class Llama:
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, reward: Llama | None = None,
     ) -> Result: ...  # fmt: skip
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int,
-        best_of: int | None = None,
+        best_of: int | None = None, reward: Llama | None = None,
     ) -> list[Result]: ...  # fmt: skip
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int | None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, reward: Llama | None = None,
     ) -> Any:  # fmt: skip
-        """The assistant's answer to MESSAGES, written in the model's own chat template; N and
-        BEST_OF as for generate()."""
-        request = Request(n, best_of)
-        return self._finish([request.jobs(self._answer(messages, params))], request)[0]
+        """The assistant's answer to MESSAGES, written in the model's own chat template; N,
+        BEST_OF and REWARD as for generate()."""
+        request = self._request(n, best_of, reward)
+        job = self._answer(messages, params, request.judge)
+        return self._finish([request.jobs(job)], request)[0]
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Stream:
         """The answer's text as it comes."""
@@ -299,7 +303,24 @@ class Llama:
 
     # --- prompts to jobs
 
-    def _job(self, prompt: Prompt, params: SamplingParams | None, echo: bool = False) -> Job:
+    def _request(self, n: int | None, best_of: int | None, reward: Llama | None) -> Request:
+        if reward is None:
+            return Request(n, best_of)
+        if not isinstance(reward, Llama):
+            raise LlamaError(f"reward must be a Llama, found {type(reward).__name__}")
+        return Request(n, best_of, Judge(reward._batches, reward.tokenizer, self.tokenizer))
+
+    def _room(self, ids: Sequence[int], judge: Judge | None) -> int:
+        """The context of a prompt and its completion, which a JUDGE must be able to read."""
+        if judge is None:
+            return self.max_seq_len
+        judge.check(ids)
+        return min(self.max_seq_len, judge.max_seq_len)
+
+    def _job(
+        self, prompt: Prompt, params: SamplingParams | None, echo: bool = False,
+        judge: Judge | None = None,
+    ) -> Job:  # fmt: skip
         self._batches.check_open()
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
@@ -308,20 +329,24 @@ class Llama:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
         return Job(
             ids, _checked(params), self.tokenizer, frozenset(self.config.eos_ids),
-            self.max_seq_len, fresh, text,
+            self._room(ids, judge), fresh, text,
         )  # fmt: skip
 
-    def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
+    def _answer(
+        self, messages: Messages, params: SamplingParams | None, judge: Judge | None = None
+    ) -> Job:
         self._batches.check_open()
         template = self.template
+        ids = template.encode(messages)
         return Job(
-            template.encode(messages), _checked(params), self.tokenizer, template.stop_ids,
-            self.max_seq_len, fresh=True,
+            ids, _checked(params), self.tokenizer, template.stop_ids, self._room(ids, judge),
+            fresh=True,
         )  # fmt: skip
 
     def _jobs(
         self, prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None, echo: bool = False,
+        judge: Judge | None = None,
     ) -> list[Job]:  # fmt: skip
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise LlamaError(
@@ -338,7 +363,7 @@ class Llama:
         jobs = []
         for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             try:
-                jobs.append(self._job(prompt, one, echo))
+                jobs.append(self._job(prompt, one, echo, judge))
             except LlamaError as error:
                 raise LlamaError(f"prompt {number}: {error}") from None
         return jobs
@@ -362,24 +387,31 @@ class Llama:
 class Request:
     """How many completions of each prompt are made, and which of them returned."""
 
-    def __init__(self, n: int | None, best_of: int | None) -> None:
+    def __init__(self, n: int | None, best_of: int | None, judge: Judge | None = None) -> None:
         self._several = n is not None
         self._n = 1 if n is None else whole_number("n", n, 1, MAX_COMPLETIONS)
         self._ranked = best_of is not None
         self._made = self._n
+        self.judge = judge
         if best_of is not None:
             self._made = whole_number("best_of", best_of, self._n, MAX_COMPLETIONS)
+        elif judge is not None:
+            raise LlamaError("a reward model chooses among completions: best_of says how many")
 
     def jobs(self, first: Job) -> list[Job]:
         """All completions of a prompt, FIRST among them; they share a seed."""
-        if self._ranked and first.params.logprobs is None:
+        if self._ranked and self.judge is None and first.params.logprobs is None:
             first.params = replace(first.params, logprobs=0)
         return [first, *(first.twin(number) for number in range(1, self._made))]
 
     def answer(self, jobs: list[Job]) -> Result | list[Result]:
-        results = [job.result for job in jobs if job.result is not None]
+        results = []
+        for job in jobs:
+            assert job.result is not None
+            reward = None if self.judge is None else self.judge.judge(job)
+            results.append(replace(job.result, reward=reward))
         if self._ranked:
-            results.sort(key=lambda result: -(result.cumulative_logprob or 0.0))
+            results = best_first(results)
         return results[: self._n] if self._several else results[0]
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama.config import Config, Rope
+from llama.config import Config, Head, Rope
 from llama.format import read
 
 
@@ -51,9 +51,13 @@ class Transformer:
         self.weights = {name: torch.tensor(w, dtype=dtype) for name, w in file.tensors.items()}
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], cache: Cache | None = None, length: int = 0) -> Tensor:
+    def forward(
+        self, tokens: Sequence[int], cache: Cache | None = None, length: int = 0,
+        hidden: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The logits after each of TOKENS, which follow those that CACHE holds and join them.
-        LENGTH is the whole prompt's where they are but a part: dynamic scaling asks for it."""
+        LENGTH is the whole prompt's where they are but a part: dynamic scaling asks for it.
+        HIDDEN asks for what the last matrix would read, (n, dim), instead of its logits."""
         cache = cache or Cache(self.config.n_layers)
         start = cache.length
         positions = torch.arange(start, start + len(tokens))  # (n)
@@ -71,7 +75,8 @@ class Transformer:
             y = self.ffn_norm(x, layer)  # (n, dim)
             y = self.gate_up(y, layer)  # (n, hidden_dim)
             x = x + self.down(y, layer)  # (n, dim)
-        return self.logits(x)  # (n, vocab_size)
+        x = self.rms_norm(x, "norm")  # (n, dim)
+        return x if hidden else self.logits(x)  # (n, vocab_size)
 
     # --- the steps, in order
 
@@ -137,8 +142,10 @@ class Transformer:
         return self.linear(x, f"layers.{layer}.feed_forward.w2")  # (n, dim)
 
     def logits(self, x: Tensor) -> Tensor:
-        """One score a token of the vocabulary; a tied model reads them off its own embedding."""
-        x = self.rms_norm(x, "norm")  # (n, dim)
+        """One score a token of the vocabulary; a tied model reads them off its own embedding. A
+        model with another head scores its labels; one without a head gives x itself."""
+        if self.config.head == Head.NONE:
+            return x  # (n, dim)
         return self.linear(x, "tok_embeddings" if self.config.tied else "output")
 
     # --- what the steps are made of

@@ -119,6 +119,11 @@ class Tokenizer(ABC):
             found = self._bytes[token] = self._piece_bytes(token) if known else b""
         return found
 
+    def written(self, token: int) -> bytes:
+        """What TOKEN, below size, is called in the vocabulary: a control token's name, or the
+        bytes that it adds to the text, whether or not the model takes it for an end token."""
+        return self._pieces[token].encode() if token in self._pieces else self._piece_bytes(token)
+
     def check(self, token: int) -> int:
         """TOKEN as an int; LlamaError if it is none of the model's."""
         try:

@@ -29,7 +29,7 @@ struct cpu {
     size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim)
 
     // scratch, `rows` rows each; strides are padded to whole strips
-    size_t rows, dim, heads, kv_heads, hidden, vocab; // strides
+    size_t rows, dim, heads, kv_heads, hidden, outputs; // strides
     char *memory;
     float *x;               // (rows, dim) the residual stream
     float *normed;          // (rows, dim)
@@ -39,7 +39,7 @@ struct cpu {
     float *gate, *up;       // (rows, hidden)
     float *y;               // (rows, dim) what output and down add to the stream
     float *cos, *sin;       // (rows, head_dim / 2)
-    float *logits;          // (LOGIT_ROWS, vocab)
+    float *logits;          // (LOGIT_ROWS, outputs)
     struct multiplier by;   // with one matmul's input as codes, (planes, rows, most columns)
 };
 
@@ -52,6 +52,7 @@ struct part {
     const int32_t *tokens, *positions;
     const struct sequence *const *of;
     const int32_t *rope_lengths;
+    const uint8_t *want;
 };
 
 // ---- the steps of one layer
@@ -229,31 +230,50 @@ static void down(struct part *p) {
     residual(p);
 }
 
-/* Final norm and output matrix for the rows that want them; returns past the last row written.
- * The stream's rows are compacted in place, which is safe as it is not needed again. */
-static float *logits(struct part *p, const uint8_t *want, float *out) {
-    struct cpu *c = p->cpu;
-    const llama_config *f = &c->model->config;
+/* The stream's rows that want logits, one after the other; how many. TO may be the stream. */
+static size_t gather(const struct part *p, float *to, size_t stride) {
+    const struct cpu *c = p->cpu;
     size_t wanted = 0;
     for (size_t i = 0; i < p->n; i++)
-        if (want && want[i]) {
-            memmove(c->x + wanted * c->dim, c->x + i * c->dim, f->dim * sizeof(float));
-            wanted++;
-        }
+        if (p->want && p->want[i])
+            memmove(to + wanted++ * stride, c->x + i * c->dim,
+                    c->model->config.dim * sizeof(float));
+    return wanted;
+}
+
+/* N rows, STRIDE apart, of WIDTH numbers; returns past the last one written. */
+static float *put(float *out, const float *rows, size_t n, size_t stride, size_t width) {
+    for (size_t i = 0; i < n; i++, out += width) memcpy(out, rows + i * stride, width * sizeof *out);
+    return out;
+}
+
+/* Final norm and the head's matrix for the rows that want them, or the norm alone; returns past
+ * the last row written. Gathered in place: the stream is not needed again. */
+static float *logits(struct part *p, bool hidden, float *out) {
+    struct cpu *c = p->cpu;
+    const llama_config *f = &c->model->config;
+    const size_t wanted = gather(p, c->x, c->dim);
     struct norming z = {c, c->model->norm};
     pool_run(c->pool, wanted, 4, norm_range, &z);
+    if (hidden || f->head == LLAMA_HEAD_NONE) return put(out, c->normed, wanted, c->dim, f->dim);
     for (size_t i = 0; i < wanted; i += LOGIT_ROWS) {
         const size_t n = wanted - i < LOGIT_ROWS ? wanted - i : LOGIT_ROWS;
         matmul(&c->by, n, c->normed + i * c->dim, c->dim, 1,
-               &(struct product){&c->model->output, c->logits, c->vocab});
-        for (size_t j = 0; j < n; j++, out += f->vocab_size)
-            memcpy(out, c->logits + j * c->vocab, f->vocab_size * sizeof(float));
+               &(struct product){&c->model->output, c->logits, c->outputs});
+        out = put(out, c->logits, n, c->outputs, f->n_outputs);
     }
     return out;
 }
 
+/* The residual stream as it stands after LAYERS layers, where it is asked for. */
+static void show_stream(const struct part *p, const struct rows *rows, size_t layers, size_t done) {
+    const size_t dim = p->cpu->model->config.dim;
+    if (rows->stream) gather(p, rows->stream + (layers * rows->wanted + done) * dim, dim);
+}
+
 static int cpu_forward(void *state, const struct rows *rows, float *out) {
     struct cpu *c = state;
+    size_t done = 0; // rows wanted in the parts before
     for (size_t start = 0; start < rows->n; start += c->rows) {
         struct part p = {
             .cpu = c,
@@ -262,8 +282,10 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
             .positions = rows->positions + start,
             .of = rows->of + start,
             .rope_lengths = rows->rope_lengths ? rows->rope_lengths + start : NULL,
+            .want = rows->want ? rows->want + start : NULL,
         };
         embed(&p);
+        show_stream(&p, rows, 0, done);
         for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
             p.layer = &c->model->layers[n];
             p.layer_index = n;
@@ -276,8 +298,10 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
             ffn_norm(&p);
             gate_up(&p);
             down(&p);
+            show_stream(&p, rows, n + 1, done);
         }
-        out = logits(&p, rows->want ? rows->want + start : NULL, out);
+        for (size_t i = 0; i < p.n; i++) done += p.want && p.want[i];
+        out = logits(&p, rows->hidden, out);
     }
     return 0;
 }
@@ -327,7 +351,7 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->q, r * c->heads * 4},       {&c->attended, r * c->heads * 4},
         {&c->k, r * c->kv_heads * 4},    {&c->v, r * c->kv_heads * 4},
         {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
-        {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->vocab * 4},
+        {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->outputs * 4},
         {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
         {&c->by.codes, r * c->by.planes * widest},
         {&c->by.scales, r * c->by.planes * widest / GROUP * 4},
@@ -348,9 +372,9 @@ static int scratch_open(struct cpu *c) {
     c->heads = up_to((size_t)f->n_heads * f->head_dim, TILE_ROWS);
     c->kv_heads = up_to((size_t)f->n_kv_heads * f->head_dim, TILE_ROWS);
     c->hidden = up_to(f->hidden_dim, TILE_ROWS);
-    c->vocab = up_to(f->vocab_size, TILE_ROWS);
+    c->outputs = up_to(f->n_outputs, TILE_ROWS);
     c->rows = 1;
-    const size_t row_bytes = lay_out(c, NULL) - LOGIT_ROWS * c->vocab * 4;
+    const size_t row_bytes = lay_out(c, NULL) - LOGIT_ROWS * c->outputs * 4;
     c->rows = SCRATCH_BYTES / row_bytes;
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;

@@ -18,7 +18,7 @@ from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
 from llama.errors import LlamaError
-from llama.format import MAGIC
+from llama.format import MAGIC, Writer
 
 __all__ = ["Checkpoint", "Options", "export", "find", "load", "recognise"]
 MODULES = {"Meta": "meta", "Hugging Face": "hf", "GGUF": "gguf", "llama2.c": "llama2c"}
@@ -124,8 +124,26 @@ def export(
     say(checkpoint.describe())
     for note in checkpoint.notes:
         say(f"  {note}")
+    golden = _golden(checkpoint, say)
     kind = checkpoint.default_kind() if dtype is None else FLOATS[dtype]
     total = sum(record.size() for record in records_of(checkpoint, kind))
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        size = convert(checkpoint, out, kind, force=force, progress=bar.update)
+
+        def finish(writer: Writer) -> None:
+            bar.close()
+            golden(writer)
+
+        size = convert(checkpoint, out, kind, force=force, progress=bar.update, finish=finish)
     say(f"wrote {out}: {kind.label}, {size:,} bytes")
+
+
+def _golden(checkpoint: Checkpoint, say: Callable[[str], object]) -> Callable[[Writer], object]:
+    """Sets room aside for what run.py --selftest will compare; returns what fills it in the end.
+    The C library computes it; where that cannot be had a model is exported all the same."""
+    try:
+        from llama import golden
+    except (LlamaError, ModuleNotFoundError) as error:
+        say(f"  nothing is stored for run.py --selftest: {error}")
+        return lambda writer: None
+    checkpoint.meta[golden.KEY] = golden.room(checkpoint.config)
+    return lambda writer: golden.store(writer, say=say)
