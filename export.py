@@ -37,13 +37,19 @@ def main() -> int:
         "--max-seq-len", type=int, metavar="N",
         help="positions the model was trained for (default: found or inferred)",
     )  # fmt: skip
+    parser.add_argument(
+        "--infill", choices=["yes", "no"],
+        help="whether the model was trained to infill (default: inferred from its vocabulary, "
+        "name and shape)",
+    )  # fmt: skip
     args = parser.parse_args()
 
     def work() -> int:
         from llama import checkpoints
         from llama.checkpoints import default
 
-        options = checkpoints.Options(args.tokenizer, args.template, args.max_seq_len)
+        infill = None if args.infill is None else args.infill == "yes"
+        options = checkpoints.Options(args.tokenizer, args.template, args.max_seq_len, infill)
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:
             default.export_default(args.out, dtype=args.dtype, force=args.force, options=options)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llama.batch import MAX_CHUNK, Batches, Counters
 from llama.completion import Job, Result
 from llama.errors import LlamaError
+from llama.infill import Infiller, Order
 from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer
@@ -143,6 +144,11 @@ class Llama:
             )
         return self._template
 
+    @property
+    def infiller(self) -> Infiller:
+        """How this model is asked to fill a gap; LlamaError if it was not trained to."""
+        return Infiller(self.tokenizer, self._engine.meta)
+
     def info(self) -> SessionInfo:
         self._batches.check_open()
         return self._engine.info()
@@ -241,6 +247,34 @@ class Llama:
         """The answer's text as it comes."""
         return Stream(self._batches, self._answer(messages, params))
 
+    @overload
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: None = None, best_of: int | None = None,
+    ) -> Result: ...  # fmt: skip
+    @overload
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: int, best_of: int | None = None,
+    ) -> list[Result]: ...  # fmt: skip
+
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: int | None = None, best_of: int | None = None,
+    ) -> Any:  # fmt: skip
+        """What belongs between PREFIX and SUFFIX: the whole is prefix + result.text + suffix.
+        ORDER: "psm" or "spm", see Infiller.encode; N and BEST_OF as for generate(). LlamaError
+        for a model that was not trained for it."""
+        request = Request(n, best_of)
+        return self._finish([request.jobs(self._gap(prefix, suffix, params, order))], request)[0]
+
+    def stream_infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm",
+    ) -> Stream:  # fmt: skip
+        """infill()'s text as it comes."""
+        return Stream(self._batches, self._gap(prefix, suffix, params, order))
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids that a prompt becomes: a text's, behind the begin token; ids as they are."""
         if isinstance(prompt, str):
@@ -317,6 +351,16 @@ class Llama:
         return Job(
             template.encode(messages), _checked(params), self.tokenizer, template.stop_ids,
             self.max_seq_len, fresh=True,
+        )  # fmt: skip
+
+    def _gap(
+        self, prefix: str, suffix: str, params: SamplingParams | None, order: Order
+    ) -> Job:
+        self._batches.check_open()
+        infiller = self.infiller
+        return Job(
+            infiller.encode(prefix, suffix, order), _checked(params), self.tokenizer,
+            infiller.stop_ids, self.max_seq_len, fresh=False,
         )  # fmt: skip
 
     def _jobs(

@@ -247,7 +247,11 @@ class ChatTemplate:
             )
         ids: list[int] = []
         for part in joined(self._build(self._tokenizer, dialog, reply, self.style)):
-            ids += self._tokenizer.encode(part) if isinstance(part, str) else [part]
+            if isinstance(part, str):
+                continues = bool(ids) and self._tokenizer.spaces_first
+                ids += self._tokenizer.encode(part, continues=continues)
+            else:
+                ids.append(part)
         return ids
 
 

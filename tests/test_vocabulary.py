@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from llama.checkpoints import tokenizer_file, vocabulary
 from llama.checkpoints.gguf_container import Container
-from llama.checkpoints.vocabulary import CONTROL, NORMAL, USER_DEFINED
+from llama.checkpoints.model_proto import CONTROL, NORMAL, USER_DEFINED
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from llama.checkpoints import llama2c
+from llama.checkpoints import infill, llama2c
 from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
@@ -72,6 +72,7 @@ def load(path: Path, options: Options = Options()) -> Checkpoint:  # noqa: B008 
             checkpoint.meta["template.family"] = options.template
     if checkpoint.tokenizer.special:
         checkpoint.meta["tokenizer.special"] = json.dumps(checkpoint.tokenizer.special)
+    infill.settle(checkpoint, options.infill)
     checkpoint.check()
     return checkpoint
 

@@ -26,6 +26,7 @@ class Options:
     tokenizer: Path | None = None
     template: str | None = None  # a family's name, or "none"
     max_seq_len: int | None = None
+    infill: bool | None = None  # None: by the vocabulary, the name and the shape
 
 
 @dataclass

@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 
 from llama.checkpoints.checkpoint import Options, Tokenizer
-from llama.checkpoints.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
+from llama.checkpoints.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
 
