@@ -48,6 +48,8 @@ class Result:
     # of each of token_ids, where params ask for them or best_of needs them
     logprobs: list[TokenLogprob] | None = None
     completion: int = 0  # its number among those of one prompt; it keys the random numbers
+    # of each token of the prompt, given those before it, with echo and logprobs; the first is None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -81,7 +83,7 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
-        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
+        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str | None = None,
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
         continues the prompt's. ECHO stands before its text."""
@@ -108,8 +110,17 @@ class Job:
         self.cancelled = False
         self.text = ""
         self.result: Result | None = None
-        self._echo = echo
+        self._echo = echo or ""
+        # whether its prompt's tokens have logprobs too, and whether this job finds them
+        self._scored = echo is not None and params.logprobs is not None
+        self.scores_prompt = self._scored
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
         self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
+        if self._scored and self._limit < 1:
+            raise LlamaError(
+                f"the prompt has {len(prompt)} tokens and fills the context; its logprobs need "
+                "room for one more"
+            )
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
         self._stops = StopStrings(params.stop)
@@ -128,6 +139,8 @@ class Job:
         """Another completion of the same prompt; for one that has not begun."""
         twin = Job(self.ids, self.params, *self._world)
         twin.completion, twin.leader = completion, self
+        twin.scores_prompt, twin._scored = False, self._scored
+        twin._prompt_logprobs = self._prompt_logprobs
         return twin
 
     def start(self, cached: int) -> None:
@@ -151,6 +164,10 @@ class Job:
     def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
         """The logprobs of the token that push() takes next."""
         self._logprobs.append(TokenLogprob(token, logprob, top))
+
+    def score(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        """The logprobs of the prompt's next token."""
+        self._prompt_logprobs.append(TokenLogprob(token, logprob, top))
 
     def push(self, token: int) -> str:
         """Takes the next sampled token; returns the text that is now certain."""
@@ -178,6 +195,7 @@ class Job:
             seed=self.params.seed if self.params.temperature else None,
             logprobs=None if self.params.logprobs is None else self._logprobs,
             completion=self.completion,
+            prompt_logprobs=self._prompt_logprobs if self._scored else None,
         )  # fmt: skip
         return text
 

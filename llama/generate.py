@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 from llama.batch import MAX_CHUNK, Batches, Counters
 from llama.completion import Job, Result
 from llama.errors import LlamaError
-from llama.infill import Infiller, Order
-from llama.sampling import SamplingParams, whole_number
+from llama.infill import Gap, Infiller, Order
+from llama.request import Prompt, Request
+from llama.sampling import SamplingParams
 from llama.templates import ChatTemplate
-from llama.tokenizer import Tokenizer, open_tokenizer
+from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from llama.engine import Config, Engine, SessionInfo
 
-MAX_COMPLETIONS = 1024  # of one prompt
-Prompt = str | Sequence[int]  # text, or token ids taken as they are
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]
 
 
@@ -157,12 +156,12 @@ class Llama:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
         n: None = None, best_of: int | None = None, echo: bool = False,
     ) -> Result: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
         n: int, best_of: int | None = None, echo: bool = False,
     ) -> list[Result]: ...  # fmt: skip
     @overload
@@ -182,18 +181,20 @@ class Llama:
         self, prompt: Any, params: Any = None, *, n: int | None = None,
         best_of: int | None = None, echo: bool = False,
     ) -> Any:  # fmt: skip
-        """Completes PROMPT (text or token ids), or a list of prompts together in one batch, each
-        as if alone; for a list PARAMS may be a list too. A text gets the model's begin token.
+        """Completes PROMPT (text, token ids or a Gap), or a list of prompts together in one
+        batch, each as if alone; for a list PARAMS may be a list too. A text gets the model's
+        begin token.
 
         N: so many completions of each prompt, a list in place of a Result, numbered from 0; the
         prompt is computed once. BEST_OF: so many are made, and the N (else the one) with the
-        largest sum of logprobs returned, the best first. ECHO: texts begin with their prompt."""
-        request = Request(n, best_of)
-        if isinstance(prompt, str) or _is_ids(prompt):
-            return self._finish([request.jobs(self._job(prompt, params, echo))], request)[0]
-        return self._finish(
-            [request.jobs(job) for job in self._jobs(prompt, params, echo)], request
-        )
+        largest sum of logprobs returned, the best first. ECHO: texts begin with their prompt,
+        and where PARAMS ask for logprobs its tokens have theirs in Result.prompt_logprobs."""
+        if isinstance(prompt, (str, Gap)) or _is_ids(prompt):
+            one = Request(prompt, params, n, best_of, echo)
+            return _several(n, self._finish(one, self._job(one)))
+        requests = self._requests(prompt, params, Request("", None, n, best_of, echo))
+        found = dict(self.each_of(requests))
+        return [_several(n, found[index]) for index in range(len(requests))]
 
     @overload
     def each(
@@ -213,15 +214,25 @@ class Llama:
         best_of: int | None = None,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """As generate() of a list; yields (index, result) as each prompt finishes."""
-        request = Request(n, best_of)
-        groups = [request.jobs(job) for job in self._jobs(prompts, params)]
-        return self._each(groups, request)
+        requests = self._requests(prompts, params, Request("", None, n, best_of))
+        return ((index, _several(n, found)) for index, found in self.each_of(requests))
+
+    def each_of(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
+        """Completes REQUESTS together in one batch, each as if alone; yields (index, results) as
+        each finishes."""
+        groups = []
+        for number, request in enumerate(requests):
+            try:
+                groups.append(request.jobs(self._job(request)))
+            except LlamaError as error:
+                raise LlamaError(f"prompt {number}: {error}") from None
+        return self._each(requests, groups)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, echo: bool = False
     ) -> Stream:
         """The completion's text as it comes; with ECHO the prompt's comes first."""
-        return Stream(self._batches, self._job(prompt, params, echo))
+        return Stream(self._batches, self._job(Request(prompt, params, echo=echo)))
 
     @overload
     def chat(
@@ -240,8 +251,8 @@ class Llama:
     ) -> Any:  # fmt: skip
         """The assistant's answer to MESSAGES, written in the model's own chat template; N and
         BEST_OF as for generate()."""
-        request = Request(n, best_of)
-        return self._finish([request.jobs(self._answer(messages, params))], request)[0]
+        request = Request("", params, n, best_of)
+        return _several(n, self._finish(request, self._answer(messages, params)))
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Stream:
         """The answer's text as it comes."""
@@ -263,22 +274,18 @@ class Llama:
         order: Order = "psm", n: int | None = None, best_of: int | None = None,
     ) -> Any:  # fmt: skip
         """What belongs between PREFIX and SUFFIX: the whole is prefix + result.text + suffix.
-        ORDER: "psm" or "spm", see Infiller.encode; N and BEST_OF as for generate(). LlamaError
-        for a model that was not trained for it."""
-        request = Request(n, best_of)
-        return self._finish([request.jobs(self._gap(prefix, suffix, params, order))], request)[0]
-
-    def stream_infill(
-        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
-        order: Order = "psm",
-    ) -> Stream:  # fmt: skip
-        """infill()'s text as it comes."""
-        return Stream(self._batches, self._gap(prefix, suffix, params, order))
+        ORDER: "psm" or "spm", see Gap; N and BEST_OF as for generate(), which takes a Gap too.
+        LlamaError for a model that was not trained for it."""
+        request = Request(Gap(prefix, suffix, order), params, n, best_of)
+        return _several(n, self._finish(request, self._job(request)))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that a prompt becomes: a text's, behind the begin token; ids as they are."""
+        """The ids that a prompt becomes: a text's, behind the begin token; ids as they are; a
+        gap's with the tokens that mark it."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
+        if isinstance(prompt, Gap):
+            return self.infiller.encode(prompt)
         if not _is_ids(prompt):
             found = "an empty list" if prompt == [] else type(prompt).__name__
             raise LlamaError(f"a prompt must be a str or a list of token ids, found {found}")
@@ -333,16 +340,23 @@ class Llama:
 
     # --- prompts to jobs
 
-    def _job(self, prompt: Prompt, params: SamplingParams | None, echo: bool = False) -> Job:
+    def _job(self, request: Request) -> Job:
         self._batches.check_open()
+        prompt = request.prompt
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
-        text = ""
-        if echo:
+        stop_ids = frozenset(self.config.eos_ids)
+        if isinstance(prompt, Gap):
+            fresh, stop_ids = False, self.infiller.stop_ids
+        text = None
+        if request.echo and isinstance(self.tokenizer, NoTokenizer):
+            text = ""
+        elif request.echo:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+            text = prompt.prefix if isinstance(prompt, Gap) else text
         return Job(
-            ids, _checked(params), self.tokenizer, frozenset(self.config.eos_ids),
-            self.max_seq_len, fresh, text,
+            ids, request.params or SamplingParams(), self.tokenizer, stop_ids, self.max_seq_len,
+            fresh, text,
         )  # fmt: skip
 
     def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
@@ -353,20 +367,12 @@ class Llama:
             self.max_seq_len, fresh=True,
         )  # fmt: skip
 
-    def _gap(
-        self, prefix: str, suffix: str, params: SamplingParams | None, order: Order
-    ) -> Job:
-        self._batches.check_open()
-        infiller = self.infiller
-        return Job(
-            infiller.encode(prefix, suffix, order), _checked(params), self.tokenizer,
-            infiller.stop_ids, self.max_seq_len, fresh=False,
-        )  # fmt: skip
-
-    def _jobs(
+    def _requests(
         self, prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None, echo: bool = False,
-    ) -> list[Job]:  # fmt: skip
+        params: SamplingParams | Sequence[SamplingParams] | None, base: Request,
+    ) -> list[Request]:  # fmt: skip
+        """BASE for each of PROMPTS."""
+        self._batches.check_open()
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise LlamaError(
                 f"a prompt must be a str, a list of token ids or a list of these, found "
@@ -376,22 +382,20 @@ class Llama:
             # one seed for the whole call
             each: Sequence[SamplingParams] = [_checked(params).seeded()] * len(prompts)
         else:
-            each = [_checked(one) for one in params]
+            each = params
         if len(each) != len(prompts):
             raise LlamaError(f"{len(prompts)} prompts need as many params, found {len(each)}")
-        jobs = []
-        for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                jobs.append(self._job(prompt, one, echo))
-            except LlamaError as error:
-                raise LlamaError(f"prompt {number}: {error}") from None
-        return jobs
+        return [
+            replace(base, prompt=prompt, params=one)
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
 
-    def _finish(self, groups: list[list[Job]], request: Request) -> list[Any]:
-        found = dict(self._each(groups, request))
-        return [found[index] for index in range(len(groups))]
+    def _finish(self, request: Request, first: Job) -> list[Result]:
+        return dict(self._each([request], [request.jobs(first)]))[0]
 
-    def _each(self, groups: list[list[Job]], request: Request) -> Iterator[tuple[int, Any]]:
+    def _each(
+        self, requests: Sequence[Request], groups: list[list[Job]]
+    ) -> Iterator[tuple[int, list[Result]]]:
         """(index, what the request asked for) as each group finishes."""
         index = {id(job): number for number, group in enumerate(groups) for job in group}
         left = [len(group) for group in groups]
@@ -400,31 +404,12 @@ class Llama:
                 number = index[id(job)]
                 left[number] -= 1
                 if not left[number]:
-                    yield number, request.answer(groups[number])
+                    yield number, requests[number].answer(groups[number])
 
 
-class Request:
-    """How many completions of each prompt are made, and which of them returned."""
-
-    def __init__(self, n: int | None, best_of: int | None) -> None:
-        self._several = n is not None
-        self._n = 1 if n is None else whole_number("n", n, 1, MAX_COMPLETIONS)
-        self._ranked = best_of is not None
-        self._made = self._n
-        if best_of is not None:
-            self._made = whole_number("best_of", best_of, self._n, MAX_COMPLETIONS)
-
-    def jobs(self, first: Job) -> list[Job]:
-        """All completions of a prompt, FIRST among them; they share a seed."""
-        if self._ranked and first.params.logprobs is None:
-            first.params = replace(first.params, logprobs=0)
-        return [first, *(first.twin(number) for number in range(1, self._made))]
-
-    def answer(self, jobs: list[Job]) -> Result | list[Result]:
-        results = [job.result for job in jobs if job.result is not None]
-        if self._ranked:
-            results.sort(key=lambda result: -(result.cumulative_logprob or 0.0))
-        return results[: self._n] if self._several else results[0]
+def _several(n: int | None, results: list[Result]) -> Any:
+    """A list for those who named a number, even 1."""
+    return results[0] if n is None else results
 
 
 def _checked(params: SamplingParams | None) -> SamplingParams:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llama.errors import LlamaError
@@ -16,6 +17,26 @@ from llama.tokenizer import Tokenizer
 
 Order = Literal["psm", "spm"]
 ORDERS = ("psm", "spm")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A prompt that asks for what belongs between PREFIX and SUFFIX.
+
+    ORDER "psm": <PRE> prefix <SUF> suffix <MID>; "spm": <PRE> <SUF> suffix <MID> prefix, where
+    the answer follows its beginning at once."""
+
+    prefix: str
+    suffix: str
+    order: Order = "psm"
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "suffix"):
+            if not isinstance(getattr(self, name), str):
+                found = type(getattr(self, name)).__name__
+                raise LlamaError(f"{name} must be a str, found {found}")
+        if self.order not in ORDERS:
+            raise LlamaError(f"order must be psm or spm, found {self.order!r}")
 
 
 class Infiller:
@@ -40,18 +61,13 @@ class Infiller:
         self._tokenizer = tokenizer
         self.stop_ids = frozenset([self._end, *tokenizer.eos_ids])
 
-    def encode(self, prefix: str, suffix: str, order: Order = "psm") -> list[int]:
-        """The ids that ask for what belongs between PREFIX and SUFFIX.
-
-        "psm": <PRE> prefix <SUF> suffix <MID>; "spm": <PRE> <SUF> suffix <MID> prefix, so that
-        the answer follows its beginning at once."""
-        if order not in ORDERS:
-            raise LlamaError(f"order must be psm or spm, found {order!r}")
+    def encode(self, gap: Gap) -> list[int]:
+        """The ids that GAP becomes."""
         tokenizer = self._tokenizer
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         # always one more space, also where the text begins with one
-        before = tokenizer.encode(f" {prefix}", continues=True) if prefix else []
-        after = tokenizer.encode(suffix, continues=True)
-        if order == "psm":
+        before = tokenizer.encode(f" {gap.prefix}", continues=True) if gap.prefix else []
+        after = tokenizer.encode(gap.suffix, continues=True)
+        if gap.order == "psm":
             return [*begin, self._prefix, *before, self._suffix, *after, self._middle]
         return [*begin, self._prefix, self._suffix, *after, self._middle, *before]

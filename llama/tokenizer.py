@@ -140,6 +140,18 @@ class Tokenizer(ABC):
             return self._pieces[token]
         return self.token_bytes(token).decode("utf-8", "backslashreplace")
 
+    def shown(self, token: int) -> str:
+        """piece() in quotes on one line, for a person: as repr has it, a lone byte as \\xNN."""
+        if token in self._pieces:
+            return repr(self._pieces[token])
+        text = self.token_bytes(token).decode("utf-8", "surrogateescape")
+        inner = "".join(
+            f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff"
+            else "\\'" if char == "'" else repr(char)[1:-1]
+            for char in text
+        )  # fmt: skip
+        return f"'{inner}'"
+
     def is_control(self, token: int) -> bool:
         return token in self._control_ids
 

@@ -50,15 +50,19 @@ MAY_IMPORT = {
     "engine": {"_lib", "config", "quant", "sampling"},
     "completion": {"batch", "sampling", "tokenizer"},
     "batch": {"completion", "engine", "sampling"},
-    "generate": {"batch", "completion", "engine", "sampling", "templates", "tokenizer"},
+    "infill": {"tokenizer"},
+    "request": {"completion", "infill", "sampling"},
+    "generate": {"batch", "completion", "engine", "infill", "request", "sampling", "templates",
+                 "tokenizer"},
     "machine": {"engine"},
     "cli": {"generate", "machine", "sampling", "checkpoints"},
-    "complete": {"cli", "completion", "generate", "machine", "sampling", "tokenizer"},
+    "complete": {"cli", "completion", "generate", "infill", "machine", "request", "sampling",
+                 "tokenizer"},
     "talk": {"cli", "completion", "generate", "machine", "sampling"},
     "bench": {"cli", "engine", "machine"},
     "distance": {"cli", "engine", "tokenizer"},
     "shrink": {"distance", "engine", "format", "quant"},
-    "__init__": {"generate", "sampling"},
+    "__init__": {"generate", "infill", "request", "sampling"},
 }
 
 

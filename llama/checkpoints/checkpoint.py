@@ -39,6 +39,7 @@ class Tokenizer:
     bos_id: int | None = None  # None: no token is put before a text
     eos_ids: tuple[int, ...] = ()
     special: dict[str, int] = field(default_factory=dict)  # of tiktoken ranks
+    infill: dict[str, int] = field(default_factory=dict)  # the ids that the source itself names
 
 
 @dataclass

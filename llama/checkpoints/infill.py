@@ -21,11 +21,14 @@ PIECES = {"prefix": "▁<PRE>", "suffix": "▁<SUF>", "middle": "▁<MID>", "end
 def settle(checkpoint: Checkpoint, wanted: bool | None) -> None:
     """Notes in the checkpoint's meta which tokens infill, or why the model does not; WANTED
     overrules what its name and shape say, but not a vocabulary without the tokens."""
-    ids = _ids(checkpoint.tokenizer)
+    ids, named = _ids(checkpoint.tokenizer), checkpoint.tokenizer.infill
+    if named and any(ids.get(name) != token for name, token in named.items()):
+        checkpoint.meta["infill.refused"] = "its infilling tokens are not Code Llama's"
+        ids = {}
     if not ids:
         if wanted:
             names = ", ".join(PIECES.values())
-            raise LlamaError(f"{checkpoint.path}: --infill: the vocabulary lacks {names}")
+            raise LlamaError(f"{checkpoint.path}: --infill yes: the vocabulary has not {names}")
         return
     _hide(checkpoint, ids)
     name = checkpoint.path.resolve().name + " " + str(checkpoint.meta.get("general.name", ""))
@@ -38,11 +41,12 @@ def settle(checkpoint: Checkpoint, wanted: bool | None) -> None:
     if reason is None:
         checkpoint.meta["infill.tokens"] = json.dumps(ids)
         if wanted is None:
-            checkpoint.notes.append("infilling: inferred from the vocabulary (--infill no: without)")
+            note = "infilling: inferred from the vocabulary (--infill no switches it off)"
+            checkpoint.notes.append(note)
         return
     checkpoint.meta["infill.refused"] = reason
     if wanted is None:
-        checkpoint.notes.append(f"no infilling: {reason} (--infill yes: all the same)")
+        checkpoint.notes.append(f"no infilling: {reason} (--infill yes overrules)")
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:

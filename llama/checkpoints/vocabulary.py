@@ -140,7 +140,12 @@ def _with_ids(
     ends = [token_id(name) for name in ("eos", "eot", "eom")]
     ends += [i for i, piece in enumerate(pieces) if types[i] == CONTROL and piece in TURN_ENDS]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
-    return Tokenizer(kind, data, len(pieces), bos, eos[:8])
+    named = {
+        name: token_id(f"fim_{key}") if token_id(f"fim_{key}") is not None else token_id(name)
+        for name, key in (("prefix", "pre"), ("suffix", "suf"), ("middle", "mid"))
+    }  # fmt: skip
+    infill = {name: token for name, token in named.items() if token is not None}
+    return Tokenizer(kind, data, len(pieces), bos, eos[:8], infill=infill)
 
 
 def byte_level_json(
