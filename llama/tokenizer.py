@@ -48,6 +48,7 @@ class Tokenizer(ABC):
     kind = "none"
     errors = "replace"  # the codec's handler of invalid UTF-8
     strips_space = False  # whether decoding drops the space before the very first word
+    strips_all = False  # and every other one before it, as where runs of spaces are one
     spaces_first = False  # encoding puts it there at a prompt's beginning only, not after a mark
 
     def __init__(
@@ -176,9 +177,9 @@ class StreamDecoder:
         """The characters that TOKEN completes, "" if none."""
         data = self._tokenizer.token_bytes(token)
         if self._fresh and data:
-            self._fresh = False
             if self._tokenizer._drops_space(token):
                 data = data[1:]
+            self._fresh = self._tokenizer.strips_all and not data
         return self._utf8.decode(data)
 
     def finish(self) -> str:
@@ -240,6 +241,7 @@ class SentencePiece(Tokenizer):
             self.strips_space = not self._model.Decode([first, first]).startswith(
                 self._piece_bytes(first).decode() * 2
             )
+            self.strips_all = self._model.Decode([self._model.PieceToId(SPACE)] * 2) == ""
 
     def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         ids: list[int] = []
