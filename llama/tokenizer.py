@@ -417,7 +417,9 @@ def open_tokenizer(
     """The tokenizer that a .bin holds: KIND and DATA as Engine.tokenizer gives them."""
     eos_ids = tuple(eos_ids)
     if kind == "sentencepiece":
-        return SentencePiece(data, vocab_size, bos_id, eos_ids)
+        found = SentencePiece(data, vocab_size, bos_id, eos_ids)
+        found.spaces_first = meta.get("tokenizer.spaces_first") == 1
+        return found
     if kind == "json":
         return HuggingFace(data, vocab_size, bos_id, eos_ids)
     if kind == "tiktoken":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from llama.errors import LlamaError
 
@@ -80,10 +81,11 @@ def _try_sentencepiece(path: Path, data: bytes, n: int) -> None:
 
 
 def change(
-    path: Path, data: bytes, kinds: Mapping[int, int], added: Sequence[tuple[str, int]] = ()
-) -> bytes:
-    """A ModelProto with other types for the pieces that KINDS names by id, and with ADDED pieces
-    (text, type) behind the last; checked by loading it. PATH is for messages."""
+    path: Path, data: bytes, kinds: Mapping[int, int],
+    added: Sequence[tuple[str, int]] = (), names: Mapping[int, str] = MappingProxyType({}),
+) -> bytes:  # fmt: skip
+    """A ModelProto with other types (KINDS) and other texts (NAMES) for some pieces, by id, and
+    with ADDED pieces (text, type) behind the last; checked by loading it. PATH is for messages."""
     out = bytearray()
     n = 0
     for tag, start, body, end in _fields(path, data):
@@ -91,7 +93,9 @@ def change(
             out += data[start:end]
             continue
         piece = data[body:end]
-        out += _bytes(1, piece + _number(3, kinds[n]) if n in kinds else piece)
+        piece += _number(3, kinds[n]) if n in kinds else b""
+        piece += _bytes(1, names[n].encode("utf-8")) if n in names else b""
+        out += _bytes(1, piece)
         n += 1
     for text, kind in added:
         score = b"\x15" + struct.pack("<f", 0.0)
