@@ -78,7 +78,8 @@ class Llama:
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
         None, the model's own. KV: kind of the KV cache, "f32" or "f16". ISA: a kernel set, None
         the best. TEMPLATE: a chat template's family instead of the file's own. DATE: what Llama
-        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it."""
+        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it; one
+        from Meta's own files, which hold none, is then told no date."""
         from llama.engine import Engine
 
         self._setup(
@@ -102,6 +103,7 @@ class Llama:
         self._engine = engine
         self._family, self._date = template, date
         self._template: ChatTemplate | None = None
+        self._other: tuple[str, ChatTemplate] | None = None  # of the date last asked for
         try:
             self.config: Config = engine.config
             config = engine.config
@@ -147,6 +149,12 @@ class Llama:
     def infiller(self) -> Infiller:
         """How this model is asked to fill a gap; LlamaError if it was not trained to."""
         return Infiller(self.tokenizer, self._engine.meta)
+
+    def _dated(self, date: str) -> ChatTemplate:
+        if self._other is None or self._other[0] != date:
+            template = ChatTemplate(self.tokenizer, self._engine.meta, self._family, date)
+            self._other = date, template
+        return self._other[1]
 
     def info(self) -> SessionInfo:
         self._batches.check_open()
@@ -237,26 +245,28 @@ class Llama:
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, date: str | None = None,
     ) -> Result: ...  # fmt: skip
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int,
-        best_of: int | None = None,
+        best_of: int | None = None, date: str | None = None,
     ) -> list[Result]: ...  # fmt: skip
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int | None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, date: str | None = None,
     ) -> Any:  # fmt: skip
         """The assistant's answer to MESSAGES, written in the model's own chat template; N and
-        BEST_OF as for generate()."""
+        BEST_OF as for generate(). DATE: another than the one given on opening."""
         request = Request("", params, n, best_of)
-        return _several(n, self._finish(request, self._answer(messages, params)))
+        return _several(n, self._finish(request, self._answer(messages, params, date)))
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Stream:
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, date: str | None = None
+    ) -> Stream:
         """The answer's text as it comes."""
-        return Stream(self._batches, self._answer(messages, params))
+        return Stream(self._batches, self._answer(messages, params, date))
 
     @overload
     def infill(
@@ -359,9 +369,11 @@ class Llama:
             fresh, text,
         )  # fmt: skip
 
-    def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
+    def _answer(
+        self, messages: Messages, params: SamplingParams | None, date: str | None
+    ) -> Job:
         self._batches.check_open()
-        template = self.template
+        template = self.template if date is None else self._dated(date)
         return Job(
             template.encode(messages), _checked(params), self.tokenizer, template.stop_ids,
             self.max_seq_len, fresh=True,

@@ -99,9 +99,9 @@ def test_a_template_is_transformers(data: Path, tmp_path: Path) -> None:
     from transformers import LlamaTokenizer
 
     folder = directory(data, tmp_path / "hf", False)
-    described = json.loads((data / "tokenizers/hf_llama2_tokenizer.json").read_text("utf-8"))
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in described["model"]["merges"]]
-    theirs = LlamaTokenizer(vocab=described["model"]["vocab"], merges=merges, legacy=False)
+    model = json.loads((data / "tokenizers/hf_llama2_tokenizer.json").read_text("utf-8"))["model"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    theirs = LlamaTokenizer(vocab=model["vocab"], merges=merges, legacy=False)
     theirs.add_special_tokens({"additional_special_tokens": list(MARKS)})
     theirs.chat_template = CHATML
     with opened(folder) as llm:
