@@ -48,6 +48,7 @@ class Tokenizer(ABC):
     kind = "none"
     errors = "replace"  # the codec's handler of invalid UTF-8
     strips_space = False  # whether decoding drops the space before the very first word
+    control_cuts = False  # whether a control token ends a character that is not complete
     strips_all = False  # and every other one before it, as where runs of spaces are one
     spaces_first = False  # encoding puts it there at a prompt's beginning only, not after a mark
 
@@ -176,6 +177,8 @@ class StreamDecoder:
     def feed(self, token: int) -> str:
         """The characters that TOKEN completes, "" if none."""
         data = self._tokenizer.token_bytes(token)
+        if not data and self._tokenizer.control_cuts:
+            return self.finish()
         if self._fresh and data:
             if self._tokenizer._drops_space(token):
                 data = data[1:]
@@ -217,6 +220,7 @@ class SentencePiece(Tokenizer):
 
     kind = "sentencepiece"
     errors = "llama-each-byte"
+    control_cuts = True
 
     def __init__(
         self, data: bytes, vocab_size: int, bos_id: int | None, eos_ids: Iterable[int]
