@@ -49,7 +49,9 @@ def main() -> int:
         from llama.checkpoints import default
 
         infill = None if args.infill is None else args.infill == "yes"
-        options = checkpoints.Options(args.tokenizer, args.template, args.max_seq_len, infill)
+        options = checkpoints.Options(
+            args.tokenizer, args.template, args.max_seq_len, infill=infill
+        )  # fmt: skip
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:
             default.export_default(args.out, dtype=args.dtype, force=args.force, options=options)

@@ -25,7 +25,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--suffix", type=Path, metavar="FILE", help="what stands behind the gap")
     parser.add_argument(
-        "--infill-order", choices=["psm", "spm"], default="psm",
+        "--infill-order", choices=["psm", "spm"],
         help="which of the two the model reads first: prefix (psm, default) or suffix (spm)",
     )  # fmt: skip
     parser.add_argument(
@@ -54,6 +54,8 @@ def main() -> int:
         parser.error("give both --prefix and --suffix")
     if args.prefix is not None and str(args.prefix) == str(args.suffix) == "-":
         parser.error("only one of --prefix and --suffix can be stdin")
+    if args.infill_order is not None and args.prefix is None:
+        parser.error("--infill-order needs --prefix and --suffix")
     prompts = (args.prompt, args.ids, args.prompts, args.prefix)
     given = sum(prompt is not None for prompt in prompts)
     if given > 1:

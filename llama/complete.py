@@ -30,7 +30,7 @@ def complete(args: Namespace) -> int:
         return 0
     prompt: Prompt
     if args.prefix is not None:
-        prompt = Gap(read_text(args.prefix), read_text(args.suffix), args.infill_order)
+        prompt = Gap(read_text(args.prefix), read_text(args.suffix), args.infill_order or "psm")
     elif args.ids is not None:
         prompt = parse_ids(args.ids)
     elif args.prompt is not None:
@@ -50,9 +50,13 @@ def _around(llm: Llama, prompt: Prompt, args: Namespace) -> tuple[str, str]:
     """What is printed before a completion and after it; a gap's whole text is printed as it is."""
     if not args.echo:
         return "", "\n"
+    return _before(llm, prompt), prompt.suffix if isinstance(prompt, Gap) else "\n"
+
+
+def _before(llm: Llama, prompt: Prompt) -> str:
     if isinstance(prompt, Gap):
-        return prompt.prefix, prompt.suffix
-    return (prompt if isinstance(prompt, str) else _text(llm, list(prompt))), "\n"
+        return prompt.prefix
+    return prompt if isinstance(prompt, str) else _text(llm, list(prompt))
 
 
 def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) -> None:
@@ -121,7 +125,9 @@ def _many(llm: Llama, requests: list[Request], args: Namespace) -> None:
         done[index] = results
         while following in done:
             request = requests[following]
-            lines = [_line(llm, result) for result in done.pop(following)]
+            # the prompt has a field of its own
+            echoed = len(_before(llm, request.prompt)) if request.echo else 0
+            lines = [_line(llm, result, echoed) for result in done.pop(following)]
             line = _asked(request.prompt) if request.echo else {}
             line |= lines[0] if request.n is None else {"completions": lines}
             sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -136,12 +142,13 @@ def _asked(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt}
 
 
-def _line(llm: Llama, result: Result) -> dict[str, Any]:
+def _line(llm: Llama, result: Result, echoed: int) -> dict[str, Any]:
+    """A completion as JSON; the first ECHOED characters of its text are its prompt's."""
     line: dict[str, Any] = {}
     if isinstance(llm.tokenizer, NoTokenizer):
         line["token_ids"] = result.token_ids
     else:
-        line["text"] = result.text
+        line["text"] = result.text[echoed:]
     line |= {
         "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
         "completion_tokens": len(result.token_ids),

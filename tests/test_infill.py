@@ -274,6 +274,7 @@ def test_run(folders: dict[str, Path], tmp_path: Path, stories: Path) -> None:
         (["--prefix", "no such", *sides[2:]], "no such: cannot read: No such file"),
         (["--prefix", tmp_path / "bad", *sides[2:]], "bad: byte 0 is not UTF-8"),
         ([*sides, "a prompt"], "give one of PROMPT, --ids, --prompts and --prefix"),
+        (["a", "--infill-order=spm"], "--infill-order needs --prefix and --suffix"),
         ([*sides, "--infill-order=x"], "argument --infill-order: invalid choice"),
         ([*sides, "--bin", stories], "this model does not infill: its vocabulary lacks"),
     ):

@@ -171,7 +171,7 @@ def test_a_line_says_its_own(stories: Path, real: Llama) -> None:
     two: list[Result] = real.generate("The cat", params, n=2)
     assert [one["text"] for one in found[1]["completions"]] == [r.text for r in two]
     best = real.generate("x", params, best_of=3, echo=True)
-    assert found[2]["prompt"] == "x" and found[2]["text"] == best.text
+    assert found[2]["prompt"] == "x" and "x" + found[2]["text"] == best.text
     assert len(found[3]["completions"]) == 1 and found[3]["completions"][0]["seed"] == 9
     assert found[0] == found[4] and "prompt" not in found[0]
     every = run("--bin", stories, "--seed=4", "--max_tokens=5", "--n=2", "--prompts=-", stdin=text)

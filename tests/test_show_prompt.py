@@ -28,7 +28,7 @@ def llama(meta: dict[str, Any] | None = None, **config: Any) -> Llama:
 
 def test_a_byte_is_escaped_once(capsys: pytest.CaptureFixture[str]) -> None:
     llm = llama()
-    X
+    show_prompt(llm, [*llm.tokenizer.encode("é'\n\\"), 1])
     lines = [line.split("  ", 1)[-1].strip() for line in capsys.readouterr().err.splitlines()]
     assert lines[0] == "prompt: 6 tokens"
     assert [line.split(maxsplit=1)[1] for line in lines[1:]] == [

@@ -15,17 +15,22 @@ from llama.checkpoints.checkpoint import Tokenizer
 from llama.checkpoints.settings import Settings
 from llama.errors import LlamaError
 
-MOST = 65536  # tokens added
 
-
-def extend(path: Path, tokenizer: Tokenizer, said: Settings, notes: list[str]) -> bool:
+def extend(
+    path: Path, tokenizer: Tokenizer, said: Settings, vocab_size: int, notes: list[str]
+) -> bool:
     """Puts the added tokens of the directory PATH into a SentencePiece TOKENIZER; SAID is its
-    tokenizer_config.json. Whether there were any that the model lacked."""
+    tokenizer_config.json. Whether there were any that the model lacked. Those from VOCAB_SIZE on,
+    which the network does not know (a padding token, often), are left out."""
     from sentencepiece import SentencePieceProcessor
 
     tokens = _tokens(path, said)
     model = SentencePieceProcessor(model_proto=tokenizer.data)
     size = model.vocab_size()
+    beyond = [(text, 0) for token, (text, _) in tokens.items() if token >= max(size, vocab_size)]
+    if beyond:
+        notes.append(f"added tokens without an embedding left out: {_few(beyond)}")
+        tokens = {token: one for token, one in tokens.items() if token < max(size, vocab_size)}
     kinds: dict[int, int] = {}
     names: dict[int, str] = {}
     for token, (text, special) in tokens.items():
@@ -33,11 +38,8 @@ def extend(path: Path, tokenizer: Tokenizer, said: Settings, notes: list[str]) -
             kinds[token] = model_proto.CONTROL
             if model.id_to_piece(token) != text:
                 names[token] = text
-    last = max(tokens, default=-1)
-    if last - size >= MOST:
-        raise LlamaError(f"{path}: added token {last} is too far beyond the model's {size}")
     added = []
-    for token in range(size, last + 1):
+    for token in range(size, max(tokens, default=-1) + 1):
         text, special = tokens.get(token, (f"<nothing {token}>", True))
         added.append((text, model_proto.CONTROL if special else model_proto.USER_DEFINED))
     kinds = {token: kind for token, kind in kinds.items()

@@ -32,7 +32,7 @@ def load(
     jinja = _template(path, said)
     meta: dict[str, Value] = {}
     if tokenizer.kind == TokenizerKind.SENTENCEPIECE and options.tokenizer is None:
-        added = added_tokens.extend(path, tokenizer, said, notes)
+        added = added_tokens.extend(path, tokenizer, said, vocab_size, notes)
         if added and said.values.get("legacy") is False:
             meta["tokenizer.spaces_first"] = 1
     if jinja is not None:
