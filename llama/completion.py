@@ -83,11 +83,13 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
-        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str | None = None,
+        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
+        scored: bool = False,
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
-        continues the prompt's. ECHO stands before its text."""
-        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo)
+        continues the prompt's. ECHO stands before its text. SCORED: the prompt's tokens have
+        logprobs too."""
+        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo, scored)
         if not prompt:
             raise LlamaError("the prompt is empty and this model has no begin token")
         if len(prompt) > max_seq_len:
@@ -110,13 +112,12 @@ class Job:
         self.cancelled = False
         self.text = ""
         self.result: Result | None = None
-        self._echo = echo or ""
-        # whether its prompt's tokens have logprobs too, and whether this job finds them
-        self._scored = echo is not None and params.logprobs is not None
-        self.scores_prompt = self._scored
+        self._echo = echo
+        self._scored = scored
+        self.scores_prompt = scored  # it is this job that finds them
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
         self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
-        if self._scored and self._limit < 1:
+        if scored and self._limit < 1:
             raise LlamaError(
                 f"the prompt has {len(prompt)} tokens and fills the context; its logprobs need "
                 "room for one more"
@@ -139,7 +140,7 @@ class Job:
         """Another completion of the same prompt; for one that has not begun."""
         twin = Job(self.ids, self.params, *self._world)
         twin.completion, twin.leader = completion, self
-        twin.scores_prompt, twin._scored = False, self._scored
+        twin.scores_prompt = False
         twin._prompt_logprobs = self._prompt_logprobs
         return twin
 

@@ -358,16 +358,20 @@ class Llama:
         stop_ids = frozenset(self.config.eos_ids)
         if isinstance(prompt, Gap):
             fresh, stop_ids = False, self.infiller.stop_ids
-        text = None
-        if request.echo and isinstance(self.tokenizer, NoTokenizer):
-            text = ""
-        elif request.echo:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
-            text = prompt.prefix if isinstance(prompt, Gap) else text
+        params = request.params or SamplingParams()
         return Job(
-            ids, request.params or SamplingParams(), self.tokenizer, stop_ids, self.max_seq_len,
-            fresh, text,
+            ids, params, self.tokenizer, stop_ids, self.max_seq_len, fresh,
+            self._text(prompt, ids) if request.echo else "",
+            scored=request.echo and params.logprobs is not None,
         )  # fmt: skip
+
+    def _text(self, prompt: Prompt, ids: list[int]) -> str:
+        """What stands before a completion of PROMPT, which has these IDS."""
+        if isinstance(prompt, Gap):
+            return prompt.prefix
+        if isinstance(prompt, str):
+            return prompt
+        return "" if isinstance(self.tokenizer, NoTokenizer) else self.tokenizer.decode(ids)
 
     def _answer(
         self, messages: Messages, params: SamplingParams | None, date: str | None

@@ -126,6 +126,8 @@ def test_a_prompt_that_fills_the_context() -> None:
     with pytest.raises(LlamaError, match="has 4 tokens and fills the context; its logprobs need"):
         llm.generate("abcd", GREEDY, echo=True)
     assert llm.generate("abc", GREEDY, echo=True).prompt_logprobs is not None
+    plain = SamplingParams(temperature=0.0)
+    assert len(llm.generate("abcd", plain, n=2, best_of=3, echo=True)) == 2
 
 
 # --- run.py

@@ -51,6 +51,8 @@ def settle(checkpoint: Checkpoint, wanted: bool | None) -> None:
 
 def _ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The four tokens' ids, or none."""
+    if b"<PRE>" not in tokenizer.data:  # opening the libraries takes a moment
+        return {}
     if tokenizer.kind == TokenizerKind.SENTENCEPIECE:
         from sentencepiece import SentencePieceProcessor
 
