@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fake_engine import FakeEngine
 from sentencepiece import SentencePieceProcessor
 
 from llama.checkpoints import Options, export, load
+from llama.checkpoints.infill import _refusal
 from llama.errors import LlamaError
 from llama.generate import Llama
 from llama.infill import Gap, Infiller
@@ -173,12 +175,8 @@ def test_infill_is_its_ids_completed(llm: Llama) -> None:
 # --- who may
 
 
-def test_who_was_trained_for_it(data: Path, tmp_path: Path) -> None:
+def test_who_was_trained_for_it() -> None:
     """By name and shape; the shapes of 34B and 70B are told to the rule alone."""
-    from dataclasses import replace
-
-    from llama.checkpoints.infill import _refusal
-
     b7 = replace(SHAPE, dim=4096, n_layers=32, rope_theta=1e6)
     b34 = replace(SHAPE, dim=8192, n_layers=48, rope_theta=1e6)
     b70 = replace(SHAPE, dim=8192, n_layers=80, rope_theta=1e6)
