@@ -18,8 +18,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--date", metavar="DATE",
-        help='the day that Llama 3.1 and later are told, "26 Jul 2024" (default: as its '
-        "template has it)",
+        help='the day that Llama 3.1 and later are told, "26 Jul 2024" (default: as the model\'s '
+        "template has it; from Meta's own files, which have none, no date)",
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)

@@ -231,18 +231,19 @@ class Batches:
     def _admit(self, waiting: deque[Job], active: list[Job]) -> None:
         while waiting and len(active) < MAX_ACTIVE:
             prompt = waiting[0].ids
+            scored = waiting[0].scores_prompt  # which shares nothing, to have every row's logits
             known, _ = self.slots.longest(prompt)
             length = self.engine.config.rope_length(len(prompt))
             if any(
                 job.slot is not None and len(job.slot.tokens) < job.n_prompt
                 and (job is waiting[0].leader or (
-                    job.slot.rope_length == length
+                    not scored and job.slot.rope_length == length
                     and common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE))
                 for job in active
             ):  # fmt: skip
                 return  # the same beginning is being read right now: it will be forked
             job = waiting[0]
-            job.slot = self.slots.take(prompt)
+            job.slot = self.slots.take(prompt, reuse=not scored)
             job.start(cached=len(job.slot.tokens))
             active.append(waiting.popleft())
 
@@ -273,7 +274,7 @@ class Batches:
         positions: list[int] = []
         want: list[bool] = []
         lengths: list[int] = []
-        sampled: list[Job] = []
+        wanted: list[tuple[Job, int]] = []  # whose logits, and which of its tokens follows
         for job, count in plan:
             assert job.slot is not None
             start = len(job.slot.tokens)
@@ -281,10 +282,10 @@ class Batches:
             sequences += [job.slot.number] * count
             positions += range(start, start + count)
             lengths += [job.n_prompt] * count
-            complete = start + count == len(job.ids)
-            want += [False] * (count - 1) + [complete]
-            if complete:
-                sampled.append(job)
+            wants = [job.scores_prompt or at == len(job.ids) - 1
+                     for at in range(start, start + count)]  # fmt: skip
+            wanted += [(job, start + n + 1) for n, one in enumerate(wants) if one]
+            want += wants
         with self.turns:
             self.check_open()
             began = time.perf_counter()
@@ -294,7 +295,10 @@ class Batches:
                 start = len(job.slot.tokens)
                 job.slot.tokens += job.ids[start : start + count]
             chosen = []
-            for row, job in enumerate(sampled):
+            for row, (job, following) in enumerate(wanted):
+                if following < len(job.ids):
+                    job.score(*self._logprobs(row, job, job.ids[following]))
+                    continue
                 first = len(job.ids) == job.n_prompt
                 for one in [job, *(self._join(job, waiting, active) if first else ())]:
                     chosen.append((one, self._choose(row, one)))
@@ -307,8 +311,11 @@ class Batches:
             row, job.params, job.seen(), job.completion, len(job.ids), job.said(), job.mu
         )
         if job.params.logprobs is not None:
-            job.note(token, *self.engine.logprobs(row, token, job.params.logprobs))
+            job.note(*self._logprobs(row, job, token))
         return token
+
+    def _logprobs(self, row: int, job: Job, token: int) -> tuple[int, float, dict[int, float]]:
+        return token, *self.engine.logprobs(row, token, job.params.logprobs or 0)
 
     def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
         counters = self.counters

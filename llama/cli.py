@@ -217,7 +217,7 @@ def show_prompt(llm: Any, ids: Sequence[int]) -> None:
     say(f"prompt: {len(ids)} tokens")
     for token in ids:
         mark = "  control" if tokenizer.is_control(token) else ""
-        say(f"{token:>{width + 2}}  {tokenizer.piece(token)!r}{mark}")
+        say(f"{token:>{width + 2}}  {tokenizer.shown(token)}{mark}")
     if len(ids) > 1 and tokenizer.bos_id is not None and ids[0] == ids[1] == tokenizer.bos_id:
         say("warning: the prompt begins with two begin tokens")
     if not tokenizer.eos_ids:

@@ -49,6 +49,8 @@ class Result:
     logprobs: list[TokenLogprob] | None = None
     completion: int = 0  # its number among those of one prompt; it keys the random numbers
     reward: float | None = None  # what a reward model gives it, where one was asked
+    # of each token of the prompt, given those before it, with echo and logprobs; the first is None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -83,10 +85,12 @@ class Job:
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
         stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
+        scored: bool = False,
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
-        continues the prompt's. ECHO stands before its text."""
-        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo)
+        continues the prompt's. ECHO stands before its text. SCORED: the prompt's tokens have
+        logprobs too."""
+        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo, scored)
         if not prompt:
             raise LlamaError("the prompt is empty and this model has no begin token")
         if len(prompt) > max_seq_len:
@@ -110,7 +114,15 @@ class Job:
         self.text = ""
         self.result: Result | None = None
         self._echo = echo
+        self._scored = scored
+        self.scores_prompt = scored  # it is this job that finds them
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
         self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
+        if scored and self._limit < 1:
+            raise LlamaError(
+                f"the prompt has {len(prompt)} tokens and fills the context; its logprobs need "
+                "room for one more"
+            )
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
         self._stops = StopStrings(params.stop)
@@ -129,6 +141,8 @@ class Job:
         """Another completion of the same prompt; for one that has not begun."""
         twin = Job(self.ids, self.params, *self._world)
         twin.completion, twin.leader = completion, self
+        twin.scores_prompt = False
+        twin._prompt_logprobs = self._prompt_logprobs
         return twin
 
     def start(self, cached: int) -> None:
@@ -154,7 +168,7 @@ class Job:
         string, which is no part of the text, came of them."""
         if not self._stops.hit:
             return self.ids
-        tokenizer, _, _, fresh, echo = self._world
+        tokenizer, _, _, fresh, echo, _ = self._world
         decoder = StreamDecoder(tokenizer, fresh)
         left, n = len(self.text) - len(echo), self.n_prompt
         while left > 0 and n < len(self.ids):
@@ -165,6 +179,10 @@ class Job:
     def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
         """The logprobs of the token that push() takes next."""
         self._logprobs.append(TokenLogprob(token, logprob, top))
+
+    def score(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        """The logprobs of the prompt's next token."""
+        self._prompt_logprobs.append(TokenLogprob(token, logprob, top))
 
     def push(self, token: int) -> str:
         """Takes the next sampled token; returns the text that is now certain."""
@@ -192,6 +210,7 @@ class Job:
             seed=self.params.seed if self.params.temperature else None,
             logprobs=None if self.params.logprobs is None else self._logprobs,
             completion=self.completion,
+            prompt_logprobs=self._prompt_logprobs if self._scored else None,
         )  # fmt: skip
         return text
 

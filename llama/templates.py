@@ -247,7 +247,11 @@ class ChatTemplate:
             )
         ids: list[int] = []
         for part in joined(self._build(self._tokenizer, dialog, reply, self.style)):
-            ids += self._tokenizer.encode(part) if isinstance(part, str) else [part]
+            if isinstance(part, str):
+                continues = bool(ids) and self._tokenizer.spaces_first
+                ids += self._tokenizer.encode(part, continues=continues)
+            else:
+                ids.append(part)
         return ids
 
 
@@ -375,7 +379,8 @@ def _style(family: str, source: str, name: str, date: str | None) -> Style:
     if family == "codellama70b":
         return Style(as_meta=not source)
     if family == "llama3" and ("Cutting Knowledge Date" in source or (date and not source)):
-        # 3.1's template has a fixed date, 3.2's and 3.3's ask the clock
+        # 3.1's template has a fixed date, 3.2's and 3.3's ask the clock; Meta's own files come
+        # without one, and its code writes no date by itself (llama-models, chat_format.py)
         if date is None and "strftime_now" in source:
             date = datetime.now().strftime("%d %b %Y")
         return Style(dated=True, date=date or LLAMA31_DATE)

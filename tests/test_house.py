@@ -51,11 +51,15 @@ MAY_IMPORT = {
     "engine": {"_lib", "config", "quant", "sampling"},
     "completion": {"batch", "sampling", "tokenizer"},
     "batch": {"completion", "engine", "sampling"},
+    "infill": {"tokenizer"},
     "reward": {"batch", "completion", "config", "tokenizer"},
-    "generate": {"batch", "completion", "engine", "reward", "sampling", "templates", "tokenizer"},
+    "request": {"completion", "generate", "infill", "reward", "sampling"},
+    "generate": {"batch", "completion", "engine", "infill", "request", "reward", "sampling",
+                 "templates", "tokenizer"},
     "machine": {"engine"},
     "cli": {"generate", "machine", "sampling", "checkpoints"},
-    "complete": {"cli", "completion", "generate", "machine", "sampling", "tokenizer"},
+    "complete": {"cli", "completion", "generate", "infill", "machine", "request", "sampling",
+                 "tokenizer"},
     "talk": {"cli", "completion", "generate", "machine", "sampling"},
     "bench": {"cli", "engine", "machine"},
     "distance": {"cli", "engine", "tokenizer"},
@@ -63,7 +67,7 @@ MAY_IMPORT = {
     "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
     "info": {"config", "engine", "golden", "shrink", "tokenizer"},
     "shrink": {"cli", "distance", "engine", "format", "golden", "quant"},
-    "__init__": {"generate", "sampling"},
+    "__init__": {"generate", "infill", "request", "sampling"},
 }
 
 
