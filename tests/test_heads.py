@@ -239,6 +239,7 @@ def test_labels_and_the_like(tmp_path: Path) -> None:
     answers = exported(written(tmp_path / "c", Head.ANSWER))
     assert not [key for key in answers.meta if key.startswith("head.")]
     assert answers.config.n_labels == 2 and answers.config.output_bias
+    assert answers.describe().endswith(", question answering")
 
 
 @pytest.mark.parametrize(
@@ -606,7 +607,7 @@ def test_the_wrong_call_names_the_right_one(tmp_path: Path, head: Head) -> None:
                 call(llm)
             said = str(caught.value)
             right = {Head.LM: "generate() or chat()", Head.NONE: "embed()", Head.ANSWER: "answer()",
-                     Head.SEQUENCE: "classify()", Head.TOKEN: "tag()"}[head]  # fmt: skip
+                     Head.SEQUENCE: "score()", Head.TOKEN: "tag()"}[head]  # fmt: skip
             assert said.endswith(f": use {right}") and "needs a model that" in said, said
             assert "\n" not in said
     with pytest.raises(LlamaError, match="closed"):

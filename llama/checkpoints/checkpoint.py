@@ -111,8 +111,9 @@ class Checkpoint:
         if c.tied:
             parts.append("tied")
         if c.head != Head.LM:
-            labels = f" of {c.n_labels} label" + "s" * (c.n_labels > 1) if c.n_labels else ""
-            parts.append(f"{HEADS[c.head]}{labels}")
+            parts.append(HEADS[c.head])
+        if c.head in (Head.SEQUENCE, Head.TOKEN):
+            parts[-1] += f" of {c.n_labels} label" + "s" * (c.n_labels > 1)
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"
