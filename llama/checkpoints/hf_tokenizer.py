@@ -65,6 +65,7 @@ def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
 
         library = Library.from_str(data.decode("utf-8"))
         library.no_padding()
+        library.no_truncation()
         found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
     else:
         said = Settings.read(path / "tokenizer_config.json", needed=False)
