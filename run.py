@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Completes a prompt, given as an argument or on standard input; stdout carries only the text."""
+"""Completes a prompt, given as an argument or on standard input; stdout carries only the text.
+
+Of a model that judges texts it prints what it says about the prompt: a classifier's label and
+score, a reward, each token's label, or the embedding as JSON.
+"""
 
 from __future__ import annotations
 

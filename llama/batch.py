@@ -1,4 +1,4 @@
-"""Many completions over one engine: who uses which sequence, and what each forward pass computes.
+"""Many texts over one engine: who uses which sequence, and what each forward pass computes.
 
 A prompt continues or forks the sequence that shares its longest beginning, so only what follows
 is computed. Each step is one forward pass: a token of every running completion, and as much of
@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llama.completion import Job
 from llama.errors import LlamaError
@@ -328,11 +331,84 @@ class Batches:
             counters.decode_positions += sum(positions) + total
             counters.decode_seconds += seconds
             return
-        counters.prompt_tokens += total - decoding
-        counters.prompt_seconds += seconds
+        self._count_prompt(total - decoding, total, seconds)
+
+    def _count_prompt(self, tokens: int, total: int, seconds: float) -> None:
+        """Notes a pass of TOTAL rows, TOKENS of them of prompts, and how many the next may have."""
+        self.counters.prompt_tokens += tokens
+        self.counters.prompt_seconds += seconds
         if total >= MIN_CHUNK:
             fits = int(CHUNK_SECONDS * total / max(seconds, 1e-6))
             self._chunk = max(MIN_CHUNK, min(MAX_CHUNK, fits)) // 16 * 16
+
+    def outputs(
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[range], hidden: bool = False
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """What the head gives, or with HIDDEN what it reads, at the positions WANTED of each of
+        TEXTS: (the text's number, (n, width)), piece by piece, a text's own pieces in order."""
+        waiting = deque(range(len(texts)))
+        active: dict[int, Slot] = {}
+        try:
+            while waiting or active:
+                while waiting and len(active) < MAX_ACTIVE:
+                    ids = texts[waiting[0]]
+                    # a position that is kept from before gives nothing again
+                    reuse = wanted[waiting[0]].start == len(ids) - 1
+                    if reuse and self._awaited(ids, texts, active):
+                        break
+                    active[waiting.popleft()] = self.slots.take(ids, reuse)
+                yield from self._read(texts, wanted, active, hidden)
+                for n in [n for n, slot in active.items() if len(slot.tokens) == len(texts[n])]:
+                    self.slots.give(active.pop(n))
+        finally:
+            for slot in active.values():
+                if not self.closed:
+                    self.slots.give(slot)
+
+    def _awaited(
+        self, ids: Sequence[int], texts: Sequence[Sequence[int]], active: dict[int, Slot]
+    ) -> bool:
+        """Whether a text being read has a beginning in common with IDS that is worth a fork."""
+        known, _ = self.slots.longest(ids)
+        length = self.engine.config.rope_length(len(ids))
+        return any(
+            slot.rope_length == length
+            and common_prefix(texts[n], ids, len(ids) - 1) >= max(known, len(slot.tokens)) + SHARE
+            for n, slot in active.items()
+        )
+
+    def _read(
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[range], active: dict[int, Slot],
+        hidden: bool,
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:  # fmt: skip
+        """One forward pass over as much of the active texts as fits in a chunk."""
+        rows: list[tuple[int, int, int, bool, int]] = []
+        parts: list[tuple[int, Sequence[int], int]] = []  # text, its tokens, how many are wanted
+        for n, slot in active.items():
+            start, size = len(slot.tokens), len(texts[n])
+            places = range(start, min(size, start + self._chunk - len(rows)))
+            want = [place in wanted[n] for place in places]
+            part = texts[n][start : start + len(places)]
+            rows += zip(part, [slot.number] * len(part), places, want, [size] * len(part),
+                        strict=True)  # fmt: skip
+            parts.append((n, part, sum(want)))
+        tokens, sequences, positions, wants, lengths = zip(*rows, strict=True)
+        with self.turns:
+            self.check_open()
+            began = time.perf_counter()
+            out = self.engine.forward(
+                tokens, sequences, positions, wants, rope_lengths=lengths, hidden=hidden
+            )
+            for n, part, _ in parts:
+                active[n].tokens += part
+            self.counters.computed_tokens += len(rows)
+            self._count_prompt(len(rows), len(rows), time.perf_counter() - began)
+        assert out is not None
+        first = 0
+        for n, _, count in parts:
+            if count:
+                yield n, out[first : first + count]
+            first += count
 
     def check_open(self) -> None:
         if self.closed:

@@ -1,10 +1,14 @@
-"""run.py's work: one prompt streamed to stdout, or a file of prompts completed together."""
+"""run.py's work: one prompt streamed to stdout, or a file of prompts completed together.
+
+What a model with another head than a language model's says about the text is printed in its place.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
 from llama.completion import Result, TokenLogprob
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.generate import Llama
 from llama.infill import Gap
@@ -27,6 +32,7 @@ def complete(args: Namespace) -> int:
         base = Request("", params, args.n, args.best_of, args.echo)
         requests = read_requests(args.prompts, base)
         with open_model(args) as llm, _reward(args) as reward:
+            llm.require(Head.LM, "--prompts")
             # a line of one completion has nothing to choose from
             judged = [replace(r, reward=reward) if r.best_of else r for r in requests]
             _many(llm, judged, args)
@@ -42,7 +48,9 @@ def complete(args: Namespace) -> int:
         # a pipe's text ends with the newline that ended its last line
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with open_model(args) as llm, _reward(args) as reward:
-        if args.n is None and args.best_of is None:
+        if llm.config.head != Head.LM and not isinstance(prompt, Gap):
+            _judge(llm, prompt, args)
+        elif args.n is None and args.best_of is None:
             _one(llm, prompt, params, args)
         else:
             _several(llm, prompt, params, args, reward)
@@ -92,6 +100,35 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
         out.flush()
     if stream.result is not None:
         _say_logprobs(llm, stream.result)
+    say(speed_line(llm))
+
+
+def _judge(llm: Llama, text: str | Sequence[int], args: Namespace) -> None:
+    """A classifier's label and its score, a reward model's score, each token with its label, or
+    the embedding as JSON."""
+    for flag in ("n", "best_of", "logprobs", "echo"):
+        if getattr(args, flag):
+            llm.require(Head.LM, f"--{flag.replace('_', '-')}")
+    lines: list[str]
+    if llm.config.head == Head.NONE:
+        lines = [json.dumps([float(f"{x:.9g}") for x in llm.embed(text)])]
+    elif llm.config.head == Head.TOKEN:
+        if not isinstance(text, str):
+            raise LlamaError("this model labels the tokens of a text: give it in place of --ids")
+        lines = [f"{t.piece!r}\t{t.label}\t{t.score:.4f}" for t in llm.tag(text)]
+    elif llm.config.head == Head.ANSWER:
+        raise LlamaError(
+            "this model answers questions about a text: Llama.answer(question, context) in Python"
+        )
+    elif llm.config.n_labels == 1:
+        lines = [f"{llm.score(text):.6g}"]
+    else:
+        found = llm.classify(text)
+        lines = [f"{found.label}\t{found.score:.4f}"]
+    if args.show_prompt:
+        show_prompt(llm, llm.text_ids(text))
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
     say(speed_line(llm))
 
 

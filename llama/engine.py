@@ -373,11 +373,12 @@ class Engine:
         return out
 
     def trace(
-        self, tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike, want: Sequence[bool]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self, tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike, want: Sequence[bool],
+        rope_lengths: ArrayLike | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
         """forward, and the residual stream of the rows that WANT it, after the embedding and after
         each layer: (n_layers + 1, n wanted, dim) and (n wanted, n_outputs)."""
-        batch, wanted, alive = _batch(tokens, sequences, positions, want, None)
+        batch, wanted, alive = _batch(tokens, sequences, positions, want, rope_lengths)
         stream = np.empty((self.config.n_layers + 1, wanted, self.config.dim), np.float32)
         room = ffi.from_buffer("float[]", stream)
         batch.stream = room

@@ -1,4 +1,4 @@
-"""Llama: text in, text out.
+"""Llama: text in, text out. What it says about texts besides is in heads.py.
 
 A Llama is an open model file with its tokenizer, chat template and kept sequences. It turns
 prompts into jobs, and batch.py runs them; everything about words is here and above, everything
@@ -8,7 +8,7 @@ about numbers below, in engine.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.batch import MAX_CHUNK, Batches, Counters
+from llama.batch import Batches, Counters
 from llama.completion import Job, Result
+from llama.config import Head
 from llama.errors import LlamaError
+from llama.heads import Heads, Messages, is_ids
 from llama.infill import Gap, Infiller, Order
 from llama.request import Prompt, Request
 from llama.reward import Judge
@@ -29,7 +31,6 @@ from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
 if TYPE_CHECKING:
     from llama.engine import Config, Engine, SessionInfo
 
-Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]
 
 
 class Stream(Iterator[str]):
@@ -67,7 +68,7 @@ class Stream(Iterator[str]):
             close()
 
 
-class Llama:
+class Llama(Heads):
     """A model, open. Threads may share it: their forward passes take turns. A context manager."""
 
     def __init__(
@@ -200,7 +201,7 @@ class Llama:
         largest sum of logprobs returned, the best first; or, with REWARD, an open reward model of
         the same vocabulary, those that it gives the most. ECHO: texts begin with their prompt,
         and where PARAMS ask for logprobs its tokens have theirs in Result.prompt_logprobs."""
-        if isinstance(prompt, (str, Gap)) or _is_ids(prompt):
+        if isinstance(prompt, (str, Gap)) or is_ids(prompt):
             one = Request(prompt, params, n, best_of, echo, reward)
             return _several(n, self._finish(one, self._job(one)))
         requests = self._requests(prompt, params, Request("", None, n, best_of, echo, reward))
@@ -303,13 +304,14 @@ class Llama:
             return self.tokenizer.encode(prompt, bos=True)
         if isinstance(prompt, Gap):
             return self.infiller.encode(prompt)
-        if not _is_ids(prompt):
+        if not is_ids(prompt):
             found = "an empty list" if prompt == [] else type(prompt).__name__
             raise LlamaError(f"a prompt must be a str or a list of token ids, found {found}")
         return [self.tokenizer.check(token) for token in prompt]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of IDS: (len(ids), vocab_size), computed afresh."""
+        self.require(Head.LM, "logits()")
         self._batches.check_open()
         if isinstance(ids, (str, bytes)):
             raise LlamaError(f"logits takes token ids, found {type(ids).__name__}")
@@ -319,22 +321,10 @@ class Llama:
                 f"logits takes 1 to {self.max_seq_len} token ids (the context), found {len(ids)}"
             )
         out = np.empty((len(ids), self.config.vocab_size), np.float32)
-        slot = self._batches.slots.take(ids, reuse=False)
-        try:
-            for start in range(0, len(ids), MAX_CHUNK):
-                part = ids[start : start + MAX_CHUNK]
-                positions = range(start, start + len(part))
-                with self._batches.turns:
-                    self._batches.check_open()
-                    out[start : start + len(part)] = self._engine.forward(
-                        part, [slot.number] * len(part), positions, [True] * len(part),
-                        rope_lengths=[len(ids)] * len(part),
-                    )
-                    slot.tokens += part
-                    self.counters.computed_tokens += len(part)
-        finally:
-            if not self._batches.closed:
-                self._batches.slots.give(slot)
+        done = 0
+        for _, rows in self._batches.outputs([ids], [range(len(ids))]):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
         return out
 
     # --- the end
@@ -360,6 +350,7 @@ class Llama:
     def _job(self, request: Request) -> Job:
         self._batches.check_open()
         prompt = request.prompt
+        self.require(Head.LM, "infill()" if isinstance(prompt, Gap) else "generate()")
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
         stop_ids = frozenset(self.config.eos_ids)
@@ -382,6 +373,7 @@ class Llama:
 
     def _answer(self, messages: Messages, request: Request, date: str | None) -> Job:
         self._batches.check_open()
+        self.require(Head.LM, "chat()")
         template = self.template if date is None else self._dated(date)
         ids = template.encode(messages)
         return Job(
@@ -403,6 +395,7 @@ class Llama:
             return None
         if not isinstance(reward, Llama):
             raise LlamaError(f"reward must be a Llama, found {type(reward).__name__}")
+        reward._batches.check_open()
         if self._judged is None or self._judged[0] is not reward:
             self._judged = reward, Judge(reward._batches, reward.tokenizer, self.tokenizer)
         return self._judged[1]
@@ -459,12 +452,3 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise LlamaError(f"params must be SamplingParams, found {type(params).__name__}")
     return params
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
-    return (
-        isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)) and len(prompt) > 0
-        and not isinstance(prompt[0], (str, Sequence, np.ndarray))
-    )  # fmt: skip

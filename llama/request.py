@@ -60,11 +60,10 @@ class Request:
 
     def answer(self, jobs: list[Job], judge: Judge | None = None) -> list[Result]:
         """Of the finished JOBS what was asked for; JUDGE is the reward model's."""
-        results = []
-        for job in jobs:
-            if job.result is not None:
-                reward = None if judge is None else judge.judge(job)
-                results.append(replace(job.result, reward=reward))
+        results = [job.result for job in jobs if job.result is not None]
+        if judge is not None:
+            rewards = judge.rewards(jobs)
+            results = [replace(r, reward=x) for r, x in zip(results, rewards, strict=True)]
         if self.best_of is not None:
             results = best_first(results)
         return results[: self.n or 1]

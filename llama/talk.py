@@ -17,6 +17,7 @@ from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
 from llama.completion import Result
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.generate import Llama, Stream
 from llama.machine import cache_folder
@@ -178,6 +179,7 @@ def talk(args: Namespace) -> int:
     """Does what the flags say; the exit status."""
     params = params_of(args)
     with open_model(args, template=args.template, date=args.date) as llm:
+        llm.require(Head.LM, "a chat")
         family = llm.template.family  # a base model is refused before the first line
         system = None if args.system is None else text_of(args.system)
         dialog = Talk(llm, params, system, args.show_prompt)

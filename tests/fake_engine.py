@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.tokenizer import BYTE_OF
 
@@ -42,7 +43,7 @@ class FakeEngine:
         self.max_seq_len = max_seq_len
         self.config = SimpleNamespace(
             **{"vocab_size": 260, "tied": True, "bos_id": None, "eos_ids": (0,), "dtype": "f32",
-               "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
+               "head": Head.LM, "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
                "max_seq_len": max_seq_len, "rope_length": lambda prompt: 0, **config}
         )  # fmt: skip
         self.tokenizer = ("json", byte_tokenizer())
@@ -74,7 +75,8 @@ class FakeEngine:
         return logits
 
     def forward(self, tokens: Any, sequences: Any, positions: Any, want: Any = None,
-                keep: bool = False, rope_lengths: Any = None) -> np.ndarray | None:  # fmt: skip
+                keep: bool = False, rope_lengths: Any = None,
+                hidden: bool = False) -> np.ndarray | None:  # fmt: skip
         assert self._busy.acquire(blocking=False), "two threads in one engine"
         try:
             assert not self.closed

@@ -243,7 +243,8 @@ static size_t gather(const struct part *p, float *to, size_t stride) {
 
 /* N rows, STRIDE apart, of WIDTH numbers; returns past the last one written. */
 static float *put(float *out, const float *rows, size_t n, size_t stride, size_t width) {
-    for (size_t i = 0; i < n; i++, out += width) memcpy(out, rows + i * stride, width * sizeof *out);
+    for (size_t i = 0; i < n; i++, out += width)
+        memcpy(out, rows + i * stride, width * sizeof *out);
     return out;
 }
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from llama.checkpoints.mapped import Tensor, Unreadable
 from llama.errors import LlamaError
-from llama.format import Config, Rope, TokenizerKind, Value, expected_tensors
+from llama.format import Config, Head, Rope, TokenizerKind, Value, expected_tensors
 from llama.quant import Kind
 
 # Embeddings are padded to round sizes and with room for tokens to come. The most that is known of
 # a published Llama is DeepSeek LLM's: 100,015 tokens, 102,400 rows.
 MOST_PADDING, PADDING_SHARE = 256, 32
+HEADS = {Head.NONE: "no head", Head.SEQUENCE: "sequence classification",
+         Head.ANSWER: "question answering", Head.TOKEN: "token classification"}  # fmt: skip
 FLOATS = {kind.label: kind for kind in (Kind.F32, Kind.F16, Kind.BF16)}
 
 
@@ -127,6 +129,10 @@ class Checkpoint:
             parts.append(f"{c.rope_scaling.name.lower()} rope x{c.rope_numbers[0]:g}")
         if c.tied:
             parts.append("tied")
+        if c.head != Head.LM:
+            parts.append(HEADS[c.head])
+        if c.head in (Head.SEQUENCE, Head.TOKEN):
+            parts[-1] += f" of {c.n_labels} label" + "s" * (c.n_labels > 1)
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"

@@ -56,6 +56,40 @@ def load(
     return tokenizer, meta
 
 
+def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
+    """The ids that the source's tokenizer puts around a text and around a pair of texts, as the
+    meta entry tokenizer.frame; nothing where they are the begin token before each."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    usual: dict[str, list[Any]] = {"single": [*begin, "A"], "pair": [*begin, "A", *begin, "B"]}
+    data = tokenizer.data if tokenizer.kind == TokenizerKind.JSON else b""
+    if not data and (path / "tokenizer.json").is_file():  # it decides even where it is not taken
+        data = tokenizer_file.read(path / "tokenizer.json").data
+    if data:
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(data.decode("utf-8"))
+        library.no_padding()
+        library.no_truncation()
+        found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
+    else:
+        said = Settings.read(path / "tokenizer_config.json", needed=False)
+        end = [_pieces(tokenizer).get(_piece(said, "eos_token"), *tokenizer.eos_ids[:1])]
+        single = [*begin, "A", *(end if said.flag("add_eos_token", False) else [])]
+        found = {"single": single, "pair": [*single, *begin, "B", *single[len(begin) + 1 :]]}
+    return {} if found == usual else {"tokenizer.frame": json.dumps(found)}
+
+
+def _frame(encoding: Any) -> list[Any]:
+    """The special tokens of an encoding, with "A" and "B" where the texts' own tokens stand."""
+    parts: list[Any] = []
+    for token, of in zip(encoding.ids, encoding.sequence_ids, strict=True):
+        if of is None:
+            parts.append(token)
+        elif "AB"[of] not in parts:
+            parts.append("AB"[of])
+    return parts
+
+
 def _choose(path: Path, vocab_size: int, options: Options, notes: list[str]) -> Tokenizer:
     """SentencePiece's own file, unless tokenizer.json has tokens that it lacks."""
     tokenizer = tokenizer_file.beside(path, NAMES, options, notes)
