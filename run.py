@@ -38,6 +38,7 @@ def main() -> int:
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
+    cli.add_overflow_flags(parser, "stop", "stop")
     args = parser.parse_args()
     if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
         parser.error("give one of PROMPT, --ids and --prompts")

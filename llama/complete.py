@@ -59,6 +59,7 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
         out.flush()
     if stream.result is not None:
         _say_logprobs(llm, stream.result)
+        _say_dropped(llm, stream.result)
     say(speed_line(llm))
 
 
@@ -77,6 +78,7 @@ def _several(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace
         sys.stdout.flush()
         if params.logprobs is not None:
             _say_logprobs(llm, result)
+        _say_dropped(llm, result)
     say(speed_line(llm))
 
 
@@ -86,6 +88,12 @@ def _say_logprobs(llm: Llama, result: Result) -> None:
         top = ", ".join(f"{llm.tokenizer.piece(i)!r} {p:.4f}" for i, p in token.top.items())
         line = f"{token.logprob:>10.4f}  {llm.tokenizer.piece(token.token_id)!r}"
         say(f"{line}  of {top}" if top else line)
+
+
+def _say_dropped(llm: Llama, result: Result) -> None:
+    if result.dropped_tokens:
+        say(f"(the context of {llm.max_seq_len} tokens was full: {result.dropped_tokens} tokens "
+            "were dropped on the way)")  # fmt: skip
 
 
 def _many(llm: Llama, prompts: list[Prompt], each: list[SamplingParams], args: Namespace) -> None:
@@ -116,6 +124,8 @@ def _line(llm: Llama, result: Result) -> dict[str, Any]:
         "finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens,
         "completion_tokens": len(result.token_ids),
     }  # fmt: skip
+    if result.dropped_tokens:
+        line["dropped_tokens"] = result.dropped_tokens
     if result.logprobs is not None:
         line["cumulative_logprob"] = result.cumulative_logprob
         line["logprobs"] = [

@@ -396,7 +396,7 @@ class Engine:
             check(lib.llama_slide(self.handle, _sequence(sequence), first, count))
 
     def read_kv(self, sequence: int, first: int, n: int) -> bytearray:
-        """Keys and values of SEQUENCE's positions [first, first + n); lib/llama.h has the layout."""
+        """Keys and values of SEQUENCE's positions [first, first + n), as lib/llama.h lays them."""
         first, n = _within("first position", first), _within("count", n, self.max_seq_len)
         out = bytearray(n * self.info().kv_bytes_per_position)
         with self._turn:

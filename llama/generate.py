@@ -8,17 +8,21 @@ about numbers below, in engine.py.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.batch import MAX_CHUNK, Batches, Counters
+from llama import session
+from llama.batch import MAX_CHUNK, Batches, Counters, common_prefix
 from llama.completion import Job, Result
 from llama.errors import LlamaError
+from llama.overflow import Overflow, Window
 from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
 from llama.tokenizer import Tokenizer, open_tokenizer
@@ -74,11 +78,19 @@ class Llama:
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
         isa: str | None = None,
         template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
-        None, the model's own. KV: kind of the KV cache, "f32" or "f16". ISA: a kernel set, None
-        the best. TEMPLATE: a chat template's family instead of the file's own. DATE: what Llama
-        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it."""
+        None, the model's own; warns if the model was not made for so many. KV: kind of the KV
+        cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
+        family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
+        ("26 Jul 2024"); None, as their template has it.
+
+        OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
+        "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
+        goes, and the text runs on, without an end if neither max_tokens nor the model sets one; a
+        prompt that is too long loses as much before it is read. KEEP None: 4 tokens, in a chat all
+        that stands before the first question; half of the context at most."""
         from llama.engine import Engine
 
         self._setup(
@@ -86,19 +98,26 @@ class Llama:
                 path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
                 activations=activations, isa=isa,
             ),
-            template, date,
+            template, date, overflow, keep,
         )  # fmt: skip
+        untrained = self.config.untrained(self.max_seq_len)
+        if untrained is not None:
+            warnings.warn(untrained, stacklevel=2)
 
     @classmethod
     def on(
-        cls, engine: Engine, template: str | None = None, date: str | None = None
-    ) -> Llama:
+        cls, engine: Engine, template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
+    ) -> Llama:  # fmt: skip
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
-        llm._setup(engine, template, date)
+        llm._setup(engine, template, date, overflow, keep)
         return llm
 
-    def _setup(self, engine: Engine, template: str | None, date: str | None) -> None:
+    def _setup(
+        self, engine: Engine, template: str | None, date: str | None, overflow: str,
+        keep: int | None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._family, self._date = template, date
         self._template: ChatTemplate | None = None
@@ -108,6 +127,7 @@ class Llama:
             self.tokenizer: Tokenizer = open_tokenizer(
                 *engine.tokenizer, config.vocab_size, config.bos_id, config.eos_ids, engine.meta
             )
+            self.overflow = Overflow.checked(overflow, keep, config, engine.max_seq_len)
             self._batches = Batches(engine)
         except BaseException:
             engine.close()
@@ -279,6 +299,46 @@ class Llama:
                 self._batches.slots.give(slot)
         return out
 
+    # --- sessions
+
+    def save_session(
+        self, path: str | os.PathLike[str], messages: Messages, *, words_only: bool = False
+    ) -> int:
+        """Writes MESSAGES and, unless WORDS_ONLY, the keys and values that are kept of them to
+        PATH, replacing a file there at once or not at all; returns how many tokens have theirs.
+        MESSAGES may be empty. docs/session.md draws the file."""
+        self._batches.check_open()
+        dialog = session.check(messages)
+        asked = not words_only and any(message["role"] != "system" for message in dialog)
+        if not asked:
+            session.save(Path(path), self._engine, dialog)
+            return 0
+        ids = self.template.encode(dialog, reply=False)
+        slot = self._batches.slots.take(ids, whole=True)
+        try:
+            session.save(
+                Path(path), self._engine, dialog, slot.tokens, slot.number, slot.rope_length
+            )
+            return len(slot.tokens)
+        finally:
+            if not self._batches.closed:
+                self._batches.slots.give(slot)
+
+    def load_session(self, path: str | os.PathLike[str]) -> tuple[list[dict[str, str]], int]:
+        """The messages of the session at PATH, and how many of their tokens came back computed: a
+        chat that goes on from these messages need not read them again. LlamaError for a damaged
+        file, or one of another model, KV kind or width of activations."""
+        self._batches.check_open()
+        with session.Saved(Path(path), self._engine) as saved:
+            slot = self._batches.slots.take((), reuse=False)
+            try:
+                tokens = saved.restore(slot.number)
+                slot.tokens, slot.rope_length = tokens, saved.rope_length
+            finally:
+                if not self._batches.closed:
+                    self._batches.slots.give(slot)
+        return saved.messages, len(tokens)
+
     # --- the end
 
     def close(self) -> None:
@@ -308,15 +368,16 @@ class Llama:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
         return Job(
             ids, _checked(params), self.tokenizer, frozenset(self.config.eos_ids),
-            self.max_seq_len, fresh, text,
+            Window(self.overflow), fresh, text,
         )  # fmt: skip
 
     def _answer(self, messages: Messages, params: SamplingParams | None) -> Job:
         self._batches.check_open()
         template = self.template
+        ids = template.encode(messages)
+        window = Window(self.overflow, lambda: question_starts(template, messages, ids))
         return Job(
-            template.encode(messages), _checked(params), self.tokenizer, template.stop_ids,
-            self.max_seq_len, fresh=True,
+            ids, _checked(params), self.tokenizer, template.stop_ids, window, fresh=True
         )  # fmt: skip
 
     def _jobs(
@@ -381,6 +442,18 @@ class Request:
         if self._ranked:
             results.sort(key=lambda result: -(result.cumulative_logprob or 0.0))
         return results[: self._n] if self._several else results[0]
+
+
+def question_starts(template: ChatTemplate, messages: Messages, ids: Sequence[int]) -> list[int]:
+    """Where each of the user's texts begins in IDS, the MESSAGES' tokens: the place up to which
+    any two texts there have the same tokens."""
+    starts = []
+    for number, message in enumerate(messages):
+        if message["role"] == "user":
+            a, b = (template.encode([*messages[:number], {"role": "user", "content": text}])
+                    for text in "ab")  # fmt: skip
+            starts.append(common_prefix(ids, a, common_prefix(a, b, len(a))))
+    return starts
 
 
 def _checked(params: SamplingParams | None) -> SamplingParams:

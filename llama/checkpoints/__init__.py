@@ -61,6 +61,8 @@ def load(path: Path, options: Options = Options()) -> Checkpoint:  # noqa: B008 
     module = import_module(f"llama.checkpoints.{MODULES[source]}")
     checkpoint: Checkpoint = module.load(path, options)
     if options.max_seq_len is not None:
+        note = checkpoint.config.untrained(options.max_seq_len)
+        checkpoint.notes += [] if note is None else [f"note: {note}"]
         checkpoint.config = replace(checkpoint.config, max_seq_len=options.max_seq_len)
     if options.template is not None:
         checkpoint.meta.pop("template.family", None)
