@@ -62,11 +62,6 @@ static void embed_range(void *context, size_t first, size_t last) {
                         p->cpu->x + i * p->cpu->dim);
 }
 
-static void frequencies_for(struct cpu *c, uint32_t length) {
-    if (length != c->rope_length) rope_frequencies(&c->model->config, length, c->frequencies);
-    c->rope_length = length;
-}
-
 static void embed(struct part *p) {
     struct cpu *c = p->cpu;
     const llama_config *f = &c->model->config;
@@ -75,7 +70,8 @@ static void embed(struct part *p) {
     for (size_t i = 0; i < p->n; i++) {
         const int32_t asked = p->rope_lengths ? p->rope_lengths[i] : 0;
         const uint32_t length = rope_length(f, asked, p->positions[i]);
-        frequencies_for(c, length);
+        if (length != c->rope_length) rope_frequencies(f, length, c->frequencies);
+        c->rope_length = length;
         rope_angles(f, c->frequencies, p->positions[i], c->cos + i * half, c->sin + i * half);
     }
 }
@@ -280,11 +276,11 @@ static void page_destroy(void *device, void *page) {
     free(page);
 }
 
-/* The angles stand where a forward pass keeps its first row's. */
+/* The angles stand where a forward pass keeps its first row's. The frequencies never changed in
+ * a session that may slide. */
 static void page_slide(void *device, void *const *from, void *const *to, uint32_t first,
                        uint32_t count, uint32_t length) {
     struct cpu *c = device;
-    frequencies_for(c, 0);
     rope_back(&c->model->config, c->frequencies, count, c->cos, c->sin);
     kv_slide(&c->kv, c->pool, from, to, first, count, length, c->cos, c->sin);
 }
