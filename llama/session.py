@@ -145,7 +145,7 @@ class Saved:
                              "--kv (kv) sets that")  # fmt: skip
         if activations != info.activations:
             raise LlamaError(f"{path}: it was computed with {activations}-bit activations, "
-                             f"expected {info.activations}")  # fmt: skip
+                             f"expected {info.activations}: --activations sets that")  # fmt: skip
         self._demand(
             n <= MAX_TOKENS and text_bytes <= MAX_TEXT
             and position_bytes == info.kv_bytes_per_position
