@@ -1,4 +1,4 @@
-# make run, make test, make bench: each sets up what it needs, once, and prints the plain commands
+# make run, make test, make test-long, make bench: each sets up what it needs, once, and prints the plain commands
 # that it runs, so that they can be typed by hand too.
 
 PYTHON ?= python3
@@ -7,12 +7,15 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test bench
+.PHONY: run test test-long bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
 test: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest
+
+test-long: .venv/requirements-dev build/built
+	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench

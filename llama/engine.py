@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -170,7 +171,7 @@ class Model:
         kind = lib.llama_get_tokenizer(self.handle, data, n)
         return TOKENIZERS[kind], bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
 
-    @property
+    @cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of the file up to its tensor data: it holds the checksum of every tensor, so no
         two models have the same."""

@@ -60,8 +60,8 @@ class Window:
         """STARTS gives where the dialog's questions begin, the first one being what is kept; it is
         asked only when something must go."""
         self.overflow = overflow
-        self.dropped = 0  # tokens that the text has lost: before it was computed,
-        self.slid = 0  # and of these, after
+        self.dropped = 0  # tokens that the text has lost,
+        self.slid = 0  # and how many of them had been computed
         self._ask = starts
         self._keep: int | None = None
         self._starts: list[int] = []

@@ -3,8 +3,7 @@
 The answers go to stdout, everything else to stderr. The history is a list of messages; each turn
 encodes all of it, and the engine computes only what is new. When the context is full the oldest
 question goes, together with its answer, if overflow is "slide". With a session the words are
-written after each turn, which costs nothing, and keys and values, which could be computed again,
-at the end.
+written after each turn, which is cheap; keys and values, which could be computed again, at the end.
 """
 
 from __future__ import annotations
@@ -157,12 +156,15 @@ class Talk:
             system = messages.pop(0)["content"]
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise LlamaError(f"{session}: expected questions and their answers, by turns")
-        if self.system not in (None, system):
-            raise LlamaError(f"{session}: it was told another system message; leave --system out")
-        self.system, self.turns = system, messages
+        if messages and self.system not in (None, system):
+            raise LlamaError(
+                f"{session}: it was begun with another system message, or none; leave --system out"
+            )
+        self.system, self.turns = system if messages else self.system or system, messages
         self._saved, self._whole = self.messages(), True
-        computed = f"{tokens} tokens of it computed" if tokens else "to be read again"
-        say(f"({session}: {_turns(len(messages) // 2)} restored, {computed})")
+        if messages:
+            computed = f"{tokens} tokens of it computed" if tokens else "to be read again"
+            say(f"({session}: {_turns(len(messages) // 2)} restored, {computed})")
 
     def _save(self, words_only: bool) -> None:
         assert self._session is not None

@@ -404,7 +404,7 @@ def test_two_sittings_are_as_one(tiny: Path, tmp_path: Path, more: list[str]) ->
 
 def test_refusals(tiny: Path, saved: Path) -> None:
     for flags, message in (
-        (["--system=Pirate"], "it was told another system message; leave --system out"),
+        (["--system=Pirate"], "it was begun with another system message, or none; leave --system"),
         (["--kv=f16"], "its keys and values are f32, expected f16"),
         (["--session=/no/such/place"], "/no/such/place: cannot write: No such file or directory"),
         (["--session", tiny], "not a session"),
