@@ -178,9 +178,7 @@ def test_any_text_comes_back(texts: list[str]) -> None:
 # --- whose it is
 
 
-def test_other_models_kinds_and_widths_are_refused(
-    saved: Path, tiny: Path, tmp_path: Path
-) -> None:
+def test_other_models_kinds_and_widths_are_refused(saved: Path, tiny: Path, tmp_path: Path) -> None:
     other = small_chat(tmp_path)
     with Llama(other) as llm, one_line("a.session: this session is another model's"):
         llm.load_session(saved)
