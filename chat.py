@@ -29,7 +29,9 @@ def main() -> int:
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)
-    cli.add_overflow_flags(parser, None, "slide, to whole turns; stop if the model cannot slide")
+    cli.add_overflow_flags(
+        parser, None, "slide, by whole turns; if the model cannot, turns go between answers only"
+    )
     args = parser.parse_args()
 
     def work() -> int:

@@ -40,8 +40,9 @@ class Overflow:
             keep = whole_number("keep", keep, 0, size // 2)
         if policy == "slide" and not slides(config, size):
             raise LlamaError(
-                f"overflow 'slide' cannot be with a context of {size} tokens: this model's dynamic "
-                f"rope scaling turns keys by bases of their own beyond {config.rope_numbers[1]:.0f}"
+                f"overflow 'slide' takes a context of at most {config.rope_numbers[1]:.0f} tokens, "
+                f"found {size}: beyond, this model's dynamic rope scaling turns keys by bases of "
+                "their own"
             )
         return cls(policy, size, keep)
 

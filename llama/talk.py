@@ -2,8 +2,9 @@
 
 The answers go to stdout, everything else to stderr. The history is a list of messages; each turn
 encodes all of it, and the engine computes only what is new. When the context is full the oldest
-question goes, together with its answer, if overflow is "slide". With a session the words are
-written after each turn, which is cheap; keys and values, which could be computed again, at the end.
+question goes, together with its answer, unless overflow says otherwise. With a session the words
+are written after each turn, which is cheap; keys and values, which could be computed again, at the
+end.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Talk:
         self.system = system
         self.show = show
         self.turns: list[dict[str, str]] = []  # user and assistant, by turns
+        self.forgets = llm.overflow.policy == "slide"  # the oldest turns, when there is no room
         self.failed = False
         self._last: Result | None = None
         self._session = session
@@ -176,9 +178,9 @@ class Talk:
         say(f"chat.py: {error}")
 
     def _fit(self) -> int:
-        """Where the window may slide, drops the oldest turns until a quarter of the context, or
-        max_tokens, is free; how many. What a question says itself is never dropped unread."""
-        if self.llm.overflow.policy != "slide":
+        """Drops the oldest turns, if it may, until a quarter of the context, or max_tokens, is
+        free; how many. What a question says itself is never dropped unread."""
+        if not self.forgets:
             return 0
         size = self.llm.max_seq_len
         room = size - min(self.params.max_tokens or size, size // 4)
@@ -206,8 +208,8 @@ class Talk:
         elif result.finish_reason == "length":
             used = result.prompt_tokens + len(result.token_ids)
             full = self.llm.overflow.policy != "slide" and used >= self.llm.max_seq_len
-            say("(the context is full: /reset, or --overflow slide)" if full
-                else "(cut at --max_tokens)")  # fmt: skip
+            hint = "" if self.forgets else ": /reset, or --overflow slide"
+            say(f"(the context is full{hint})" if full else "(cut at --max_tokens)")
         if result.dropped_tokens:
             say(f"(the context was full: {result.dropped_tokens} tokens forgotten on the way)")
 
@@ -239,6 +241,7 @@ def talk(args: Namespace) -> int:
             llm.overflow = replace(llm.overflow, policy="slide")
         system = None if args.system is None else text_of(args.system)
         dialog = Talk(llm, params, system, args.show_prompt, args.session)
+        dialog.forgets |= args.overflow is None  # whole turns go, even if the window cannot slide
         try:
             reader = _editor() if sys.stdin.isatty() else None
             if reader is not None:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
-from fake_engine import FakeEngine
+import tiny_chat
+from fake_engine import FakeEngine, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import checkpoints
 from llama.config import Rope
 from llama.errors import LlamaError
+from llama.format import TokenizerKind
 from llama.generate import Llama
 from llama.sampling import SamplingParams
 from llama.talk import Talk
@@ -222,7 +224,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_dynamic_scaling_beyond_its_original_length_does_not_slide(tmp_path: Path) -> None:
     shape = small_models.config(rope_scaling=Rope.DYNAMIC, rope_numbers=(2.0, 32.0))
     path = small_models.write_bin(tmp_path / "model.bin", shape)
-    with pytest.raises(LlamaError, match="'slide' cannot be .* 33 tokens: .*dynamic.* beyond 32"):
+    with pytest.raises(LlamaError, match="'slide' takes .* at most 32 tokens, found 33: .*dynamic"):
         Llama(path, max_seq_len=33, overflow="slide")
     with Llama(path, overflow="slide") as llm:
         assert len(llm.generate([1, 2, 3], replace(ENDLESS, max_tokens=50)).token_ids) == 50
@@ -279,6 +281,21 @@ def test_a_full_dialog_that_may_not_slide(
     else:
         assert "the context of 128 tokens is full: max_seq_len" in said and talk.turns == []
     assert talk.failed is True
+
+
+def test_a_dialog_of_a_model_that_cannot_slide_forgets_between_answers(tmp_path: Path) -> None:
+    scaling = {"rope_scaling": Rope.DYNAMIC, "rope_numbers": (4.0, 100.0)}
+    shape = replace(tiny_chat.CONFIG, **scaling)
+    path = small_models.write_bin(
+        tmp_path / "model.bin", shape, tokenizer=(TokenizerKind.JSON, byte_tokenizer()),
+        meta={"template.family": "chatml"},
+    )  # fmt: skip
+    flags = ["--bin", path, "--max-seq-len=120", "--type=greedy", "--max_tokens=300"]
+    done = program("chat.py", *flags, stdin="Hi there\nmore\n")
+    forgotten = "(the context is full: the oldest 1 turn forgotten)"
+    assert done.returncode == 0 and f"(the context is full)\n{forgotten}" in done.stderr
+    refused = program("chat.py", *flags, "--overflow=slide", stdin="Hi\n")
+    assert refused.returncode == 1 and "at most 100 tokens, found 120" in refused.stderr
 
 
 def test_a_dialog_says_what_it_dropped(capsys: pytest.CaptureFixture[str]) -> None:
