@@ -154,19 +154,14 @@ class Transformer:
         scaled = x / torch.sqrt(mean_square + self.config.norm_eps)
         return scaled * self.weights[name + ".weight"]
 
-    @torch.inference_mode()
     def slide(self, cache: Cache, first: int, count: int) -> None:
-        """Makes room in a full context: forgets the tokens at [first, first + count) and moves
-        those behind them down, each key turned back by COUNT positions (arXiv:2309.17453, section
-        3.2). The attention factor is not for this turn: the keys have it. Not for dynamic scaling,
-        which gives each length frequencies of its own."""
+        """Forgets the tokens at [first, first + count) and moves those behind them down, their keys
+        turned back by COUNT positions (arXiv:2309.17453, section 3.2); not with dynamic scaling."""
         angles = count * rope_frequencies(self.config)
-        cos, sin = angles.cos()[None], -angles.sin()[None]  # (1, head_dim / 2) for all positions
+        cos, sin = angles.cos()[None], -angles.sin()[None]  # (1, head_dim / 2), no attention factor
         for keys, values in zip(cache.keys, cache.values, strict=True):
-            moved = keys[first + count :]
-            turned = self.rope(torch.stack(moved), cos, sin) if moved else ()
-            keys[first:] = turned
-            del values[first : first + count]
+            del keys[first : first + count], values[first : first + count]
+            keys[first:] = [self.rope(key[None], cos, sin)[0] for key in keys[first:]]
 
     # --- and what it is for
 
