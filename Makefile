@@ -1,5 +1,5 @@
-# make run, make test, make test-long, make bench: each sets up what it needs, once, and prints the plain commands
-# that it runs, so that they can be typed by hand too.
+# make run, make test, make test-long, make bench: each sets up what it needs, once, and prints
+# the plain commands that it runs, so that they can be typed by hand too.
 
 PYTHON ?= python3
 MAKEFLAGS += --no-print-directory

