@@ -100,6 +100,7 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
         out.flush()
     if stream.result is not None:
         _say_logprobs(llm, stream.result)
+        _say_dropped(llm, stream.result)
     say(speed_line(llm))
 
 
@@ -154,6 +155,7 @@ def _several(
         sys.stdout.flush()
         if params.logprobs is not None:
             _say_logprobs(llm, result)
+        _say_dropped(llm, result)
     say(speed_line(llm))
 
 
@@ -167,6 +169,12 @@ def _say_logprobs(llm: Llama, result: Result) -> None:
         top = ", ".join(f"{shown(i)} {p:.4f}" for i, p in token.top.items())
         line = f"{token.logprob:>10.4f}  {shown(token.token_id)}"
         say(f"{line}  of {top}" if top else line)
+
+
+def _say_dropped(llm: Llama, result: Result) -> None:
+    if result.dropped_tokens:
+        say(f"(the context of {llm.max_seq_len} tokens was full: {result.dropped_tokens} tokens "
+            "were dropped on the way)")  # fmt: skip
 
 
 def _many(llm: Llama, requests: list[Request], args: Namespace) -> None:
@@ -211,6 +219,8 @@ def _line(llm: Llama, result: Result, echoed: int) -> dict[str, Any]:
         line["prompt_logprobs"] = [_scored(llm, token) for token in result.prompt_logprobs]
     if result.reward is not None:
         line["reward"] = result.reward
+    if result.dropped_tokens:
+        line["dropped_tokens"] = result.dropped_tokens
     if result.logprobs is not None:
         line["cumulative_logprob"] = result.cumulative_logprob
         line["logprobs"] = [_scored(llm, token) for token in result.logprobs]

@@ -8,20 +8,24 @@ about numbers below, in engine.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama import session
 from llama.batch import Batches, Counters
 from llama.completion import Job, Result
 from llama.config import Head
 from llama.errors import LlamaError
 from llama.heads import Heads, Messages, is_ids
 from llama.infill import Gap, Infiller, Order
+from llama.overflow import Overflow, Window
 from llama.request import Prompt, Request
 from llama.reward import Judge
 from llama.sampling import SamplingParams
@@ -76,12 +80,20 @@ class Llama(Heads):
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
         isa: str | None = None,
         template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
-        None, the model's own. KV: kind of the KV cache, "f32" or "f16". ISA: a kernel set, None
-        the best. TEMPLATE: a chat template's family instead of the file's own. DATE: what Llama
-        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it; one
-        from Meta's own files, which hold none, is then told no date."""
+        None, the model's own; warns if the model was not made for so many. KV: kind of the KV
+        cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
+        family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
+        ("26 Jul 2024"); None, as their template has it; one
+        from Meta's own files, which hold none, is then told no date.
+
+        OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
+        "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
+        goes, and the text runs on, without an end if neither max_tokens nor the model sets one; a
+        prompt that is too long loses as much before it is read. KEEP None: 4 tokens, in a chat all
+        that stands before the first question; half of the context at most."""
         from llama.engine import Engine
 
         self._setup(
@@ -89,19 +101,26 @@ class Llama(Heads):
                 path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
                 activations=activations, isa=isa,
             ),
-            template, date,
+            template, date, overflow, keep,
         )  # fmt: skip
+        untrained = self.config.untrained(self.max_seq_len)
+        if untrained is not None:
+            warnings.warn(untrained, stacklevel=2)
 
     @classmethod
     def on(
-        cls, engine: Engine, template: str | None = None, date: str | None = None
-    ) -> Llama:
+        cls, engine: Engine, template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
+    ) -> Llama:  # fmt: skip
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
-        llm._setup(engine, template, date)
+        llm._setup(engine, template, date, overflow, keep)
         return llm
 
-    def _setup(self, engine: Engine, template: str | None, date: str | None) -> None:
+    def _setup(
+        self, engine: Engine, template: str | None, date: str | None, overflow: str,
+        keep: int | None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._family, self._date = template, date
         self._template: ChatTemplate | None = None
@@ -113,6 +132,7 @@ class Llama(Heads):
             self.tokenizer: Tokenizer = open_tokenizer(
                 *engine.tokenizer, config.vocab_size, config.bos_id, config.eos_ids, engine.meta
             )
+            self.overflow = Overflow.checked(overflow, keep, config, engine.max_seq_len)
             self._batches = Batches(engine)
         except BaseException:
             engine.close()
@@ -327,6 +347,46 @@ class Llama(Heads):
             done += len(rows)
         return out
 
+    # --- sessions
+
+    def save_session(
+        self, path: str | os.PathLike[str], messages: Messages, *, words_only: bool = False
+    ) -> int:
+        """Writes MESSAGES and, unless WORDS_ONLY, the keys and values that are kept of them to
+        PATH, replacing a file there at once or not at all; returns how many tokens have theirs.
+        MESSAGES may be empty. docs/session.md draws the file."""
+        self._batches.check_open()
+        dialog = session.check(messages)
+        asked = not words_only and any(message["role"] != "system" for message in dialog)
+        if not asked:
+            session.save(Path(path), self._engine, dialog)
+            return 0
+        ids = self.template.encode(dialog, reply=False)
+        slot = self._batches.slots.take(ids, whole=True)
+        try:
+            session.save(
+                Path(path), self._engine, dialog, slot.tokens, slot.number, slot.rope_length
+            )
+            return len(slot.tokens)
+        finally:
+            if not self._batches.closed:
+                self._batches.slots.give(slot)
+
+    def load_session(self, path: str | os.PathLike[str]) -> tuple[list[dict[str, str]], int]:
+        """The messages of the session at PATH, and how many of their tokens came back computed: a
+        chat that goes on from these messages need not read them again. LlamaError for a damaged
+        file, or one of another model, KV kind or width of activations."""
+        self._batches.check_open()
+        with session.Saved(Path(path), self._engine) as saved:
+            slot = self._batches.slots.take((), reuse=False)
+            try:
+                tokens = saved.restore(slot.number)
+                slot.tokens, slot.rope_length = tokens, saved.rope_length
+            finally:
+                if not self._batches.closed:
+                    self._batches.slots.give(slot)
+        return saved.messages, len(tokens)
+
     # --- the end
 
     def close(self) -> None:
@@ -358,7 +418,7 @@ class Llama(Heads):
             fresh, stop_ids = False, self.infiller.stop_ids
         params = request.params or SamplingParams()
         return Job(
-            ids, params, self.tokenizer, stop_ids, self._room(request, ids), fresh,
+            ids, params, self.tokenizer, stop_ids, self._window(request, ids), fresh,
             self._text(prompt, ids) if request.echo else "",
             scored=request.echo and params.logprobs is not None,
         )  # fmt: skip
@@ -376,18 +436,25 @@ class Llama(Heads):
         self.require(Head.LM, "chat()")
         template = self.template if date is None else self._dated(date)
         ids = template.encode(messages)
+        window = self._window(request, ids, lambda: template.question_starts(messages, ids))
         return Job(
-            ids, request.params or SamplingParams(), self.tokenizer, template.stop_ids,
-            self._room(request, ids), fresh=True,
+            ids, request.params or SamplingParams(), self.tokenizer, template.stop_ids, window,
+            fresh=True,
         )  # fmt: skip
 
-    def _room(self, request: Request, ids: Sequence[int]) -> int:
-        """The context of a prompt and its completion, which a judge must be able to read."""
-        judge = self._judge(request.reward)
-        if judge is None:
-            return self.max_seq_len
-        judge.check(ids)
-        return min(self.max_seq_len, judge.max_seq_len)
+    def _window(
+        self, request: Request, ids: Sequence[int],
+        starts: Callable[[], Sequence[int]] | None = None,
+    ) -> Window:  # fmt: skip
+        """The context of a prompt and its completion. A judge must be able to read all of them, so
+        nothing slides before one."""
+        judge, overflow = self._judge(request.reward), self.overflow
+        if judge is not None:
+            judge.check(ids)
+            policy = "error" if overflow.policy == "error" else "stop"
+            size = min(self.max_seq_len, judge.max_seq_len)
+            overflow = replace(overflow, policy=policy, size=size)
+        return Window(overflow, starts)
 
     def _judge(self, reward: Llama | None) -> Judge | None:
         """REWARD as the judge of this model's completions; found to be one once."""
@@ -413,7 +480,7 @@ class Llama(Heads):
             )
         if params is None or isinstance(params, SamplingParams):
             # one seed for the whole call
-            each: Sequence[SamplingParams] = [_checked(params).seeded()] * len(prompts)
+            each: Sequence[SamplingParams] = [(params or SamplingParams()).seeded()] * len(prompts)
         else:
             each = params
         if len(each) != len(prompts):
@@ -444,11 +511,3 @@ class Llama(Heads):
 def _several(n: int | None, results: list[Result]) -> Any:
     """A list for those who named a number, even 1."""
     return results[0] if n is None else results
-
-
-def _checked(params: SamplingParams | None) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise LlamaError(f"params must be SamplingParams, found {type(params).__name__}")
-    return params

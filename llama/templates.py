@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
+from os.path import commonpath
 from typing import Any
 
 from llama.errors import LlamaError
@@ -253,6 +254,20 @@ class ChatTemplate:
             else:
                 ids.append(part)
         return ids
+
+    def question_starts(
+        self, messages: Sequence[Mapping[str, str]], ids: Sequence[int]
+    ) -> list[int]:
+        """Where each of the user's texts begins in IDS, the MESSAGES' tokens: the place up to which
+        any two texts there have the same tokens."""
+        starts = []
+        for number, message in enumerate(messages):
+            if message["role"] == "user":
+                a, b = (self.encode([*messages[:number], {"role": "user", "content": text}])
+                        for text in "ab")  # fmt: skip
+                starts.append(len(commonpath([list(ids), a, b])))
+        return starts
+
 
 
 class JinjaTemplate:

@@ -18,9 +18,8 @@ import small_models
 import torch
 from numpy.typing import NDArray
 
-from llama import Llama, SamplingParams, checkpoints
+from llama import Llama, SamplingParams
 from llama.engine import Engine
-from llama.format import read
 from llama.quant import Kind
 
 COUNT = 48
@@ -39,37 +38,6 @@ PROMPTS = [
     "To be, or not to be",
 ]
 QUESTIONS = ["What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain."]
-
-
-@pytest.fixture(scope="module")
-def bins(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model as f32 and as the default f16."""
-    folder = tmp_path_factory.mktemp("bins")
-    for dtype in ("f32", "f16"):
-        checkpoints.export(gguf_file, folder / f"{dtype}.bin", dtype=dtype)
-    return {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
-
-
-@pytest.fixture(scope="module")
-def theirs(gguf_file: Path, bins: dict[str, Path]) -> Any:
-    """transformers' model in float32 of the weights that the gguf package reads."""
-    gguf = pytest.importorskip("gguf")
-    pytest.importorskip("transformers")
-    shape = read(bins["f32"]).config
-    names = {"token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm",
-             "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
-             "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
-             "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}  # fmt: skip
-    weights = {}
-    for tensor in gguf.GGUFReader(gguf_file).tensors:
-        *block, stem, _ = tensor.name.split(".")  # "blk.3.attn_q.weight"
-        name = "".join(f"layers.{n}." for n in block[1:]) + names[stem] + ".weight"
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        weights[name] = torch.from_numpy(np.array(values, np.float32))
-    model = small_models.transformers_llama(shape)
-    missing, unexpected = model.load_state_dict(small_models.to_hf(weights, shape), strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected  # it is the embedding, tied
-    return model
 
 
 @pytest.fixture(scope="module")
