@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from os.path import commonpath
+from itertools import takewhile
 from typing import Any
 
 from llama.errors import LlamaError
@@ -265,7 +265,8 @@ class ChatTemplate:
             if message["role"] == "user":
                 a, b = (self.encode([*messages[:number], {"role": "user", "content": text}])
                         for text in "ab")  # fmt: skip
-                starts.append(len(commonpath([list(ids), a, b])))
+                same = takewhile(lambda x: x[0] == x[1] == x[2], zip(ids, a, b, strict=False))
+                starts.append(len(list(same)))
         return starts
 
 
