@@ -35,7 +35,19 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--max-seq-len", type=int, metavar="N",
-        help="positions the model was trained for (default: found or inferred)",
+        help="the context, in tokens (default: what the model was trained for, found or inferred)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rope-scaling", metavar="KIND",
+        help="how positions are scaled, in place of what the checkpoint says: none, "
+        "linear:FACTOR, dynamic:FACTOR[,ORIGINAL], yarn:FACTOR[,ORIGINAL] or "
+        "llama3:FACTOR[,LOW,HIGH[,ORIGINAL]]; ORIGINAL is the context before scaling (default: the "
+        "model's own; llama3's 1,4,8192)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--infill", choices=["yes", "no"],
+        help="whether the model was trained to infill (default: inferred from its vocabulary, "
+        "name and shape)",
     )  # fmt: skip
     args = parser.parse_args()
 
@@ -43,7 +55,10 @@ def main() -> int:
         from llama import checkpoints
         from llama.checkpoints import default
 
-        options = checkpoints.Options(args.tokenizer, args.template, args.max_seq_len)
+        infill = None if args.infill is None else args.infill == "yes"
+        options = checkpoints.Options(
+            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, infill
+        )
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:
             default.export_default(args.out, dtype=args.dtype, force=args.force, options=options)

@@ -19,13 +19,24 @@ def main() -> int:
         "prompt", nargs="?", metavar="PROMPT", help="the text to complete (default: stdin's)"
     )
     parser.add_argument(
-        "--echo", action="store_true", help="print the prompt before its completion"
-    )
+        "--echo", action="store_true",
+        help="print the prompt with its completion, and score its tokens with --logprobs",
+    )  # fmt: skip
     parser.add_argument("--ids", metavar="N,N,...", help="token ids in place of a text")
     parser.add_argument(
+        "--prefix", type=Path, metavar="FILE",
+        help="fill the gap between this text and --suffix's, if the model can; - is stdin",
+    )  # fmt: skip
+    parser.add_argument("--suffix", type=Path, metavar="FILE", help="what stands behind the gap")
+    parser.add_argument(
+        "--infill-order", choices=["psm", "spm"],
+        help="which of the two the model reads first: prefix (psm, default) or suffix (spm)",
+    )  # fmt: skip
+    parser.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl",
-        help='complete many together: a line is "text" or {"prompt": "text", "max_tokens": 8, ...} '
-        "and gives a line of JSON, in order; - is stdin",
+        help='complete many together: a line is "text", {"prompt": "text", "max_tokens": 8, '
+        '"n": 2, ...} or {"prefix": "text", "suffix": "text", ...} and gives a line of JSON, in '
+        "order; - is stdin",
     )  # fmt: skip
     parser.add_argument(
         "--n", type=int, metavar="N",
@@ -36,19 +47,54 @@ def main() -> int:
         help="make so many and print the --n (1) with the largest sum of logprobs, best first",
     )  # fmt: skip
     parser.add_argument(
+        "--reward-bin", type=Path, metavar="FILE",
+        help="a reward model of the same vocabulary, whose score counts for --best-of instead",
+    )  # fmt: skip
+    parser.add_argument(
         "--logprobs", type=int, metavar="N",
         help="each token's logprob and those of the N likeliest: on stderr, or with --prompts in "
         "the lines",
     )  # fmt: skip
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--selftest", action="store_true",
+        help="complete nothing: check the file's checksums, and that each kernel set and device "
+        "here computes what the file says of itself; looks at --bin and --threads alone",
+    )  # fmt: skip
+    instead.add_argument(
+        "--info", action="store_true", help="complete nothing: print what the file at --bin is"
+    )
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
+    cli.add_overflow_flags(parser, "stop", "stop")
     args = parser.parse_args()
-    if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
-        parser.error("give one of PROMPT, --ids and --prompts")
-    if args.prompt is None and args.ids is None and args.prompts is None and at_keyboard():
+    if (args.prefix is None) != (args.suffix is None):
+        parser.error("give both --prefix and --suffix")
+    if args.prefix is not None and str(args.prefix) == str(args.suffix) == "-":
+        parser.error("only one of --prefix and --suffix can be stdin")
+    if args.infill_order is not None and args.prefix is None:
+        parser.error("--infill-order needs --prefix and --suffix")
+    prompts = (args.prompt, args.ids, args.prompts, args.prefix)
+    given = sum(prompt is not None for prompt in prompts)
+    if given > 1:
+        parser.error("give one of PROMPT, --ids, --prompts and --prefix")
+    if args.reward_bin is not None and args.best_of is None:
+        parser.error("--reward-bin needs --best-of, how many completions it chooses from")
+    no_prompt = "--selftest" if args.selftest else "--info" if args.info else None
+    if no_prompt and given:
+        parser.error(f"{no_prompt} takes no prompt")
+    if not (no_prompt or given) and at_keyboard():
         parser.error('give a prompt: run.py "Once upon a time", or one on standard input')
 
     def work() -> int:
+        if args.info:
+            from llama.info import show
+
+            return show(args.bin or cli.default_bin())
+        if args.selftest:
+            from llama.selftest import selftest
+
+            return 0 if selftest(args.bin or cli.default_bin(), args.threads) else 1
         from llama.complete import complete
 
         return complete(args)

@@ -1,15 +1,17 @@
 """The one exception of this project: what a user can put right, in one line."""
 
 
+def one_line(text: object) -> str:
+    """TEXT with an escape for what is no printable character: a line stays one line, and nothing
+    that comes out of a file can speak to a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class LlamaError(Exception):
     """One line that names the thing, what was expected and what was found.
 
-    Texts out of a file may stand in it, so what is no printable character is shown as its escape:
-    a line stays one line, and nothing in it can speak to a terminal.
+    Texts out of a file may stand in it, so it is what one_line makes of MESSAGE.
     """
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        super().__init__(
-            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        )
+        super().__init__(one_line(message))

@@ -36,6 +36,7 @@ DOES = {
     Head.ANSWER: ("answers questions about a text", "answer()"),
     Head.TOKEN: ("labels the tokens of a text", "tag()"),
 }
+REWARDS = "scores texts", "score()"  # a sequence classification model of one label
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Heads:
         """Raises LlamaError unless the model has HEAD, which CALL, as a person wrote it, needs."""
         own = self.config.head
         if own != head:
-            does, use = DOES[own]
+            reward = own == Head.SEQUENCE and self.config.n_labels == 1
+            does, use = REWARDS if reward else DOES[own]
             raise LlamaError(
                 f"{call} needs a model that {DOES[head][0]}; this one {does}: use {use}"
             )

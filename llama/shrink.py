@@ -13,9 +13,11 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from llama import golden
+from llama.cli import say
 from llama.distance import Deviation, Distance, measure
 from llama.engine import Loss, Model, Tensor
 from llama.errors import LlamaError
@@ -67,6 +69,21 @@ class Receipt:
         return json.dumps(asdict(self))
 
 
+def read_receipt(text: object) -> Receipt:
+    """The receipt in a file's meta, which may be anyone's; LlamaError if it is none."""
+    try:
+        entry = json.loads(str(text))
+        names = {field.name for field in fields(Receipt)}  # a later version may say more
+        receipt = Receipt(**{name: value for name, value in entry.items() if name in names})
+        if receipt.distance is not None:
+            kind = Distance if "mean_kl" in entry["distance"] else Deviation
+            receipt.distance = kind(**entry["distance"])
+        list(receipt.lines())
+        return receipt
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise LlamaError("quantize.receipt cannot be read") from None
+
+
 def plan(tensors: list[Tensor], bits: int, head: Head = Head.LM) -> list[Record]:
     """The kind each tensor of a model with HEAD will have."""
     records = []
@@ -98,7 +115,8 @@ def shrink(
         room = " " * (1024 + sum(len(t.name) + 40 for t in tensors))
         writer = Writer(
             out, model.config, records, tokenizer=(TokenizerKind[name.upper()], data),
-            meta={**model.meta, "quantize.receipt": room}, force=force,
+            meta={**model.meta, golden.KEY: golden.room(model.config), "quantize.receipt": room},
+            force=force,
         )  # fmt: skip
         with writer:
             _convert(model, tensors, writer, receipt, threads)
@@ -108,6 +126,7 @@ def shrink(
             writer.seal()
             receipt.distance = measure(source, writer.temporary, threads)
             writer.set_text("quantize.receipt", receipt.text())
+            golden.store(writer, source, threads, say)
     return receipt
 
 

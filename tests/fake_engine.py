@@ -44,7 +44,8 @@ class FakeEngine:
         self.config = SimpleNamespace(
             **{"vocab_size": 260, "tied": True, "bos_id": None, "eos_ids": (0,), "dtype": "f32",
                "head": Head.LM, "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
-               "max_seq_len": max_seq_len, "rope_length": lambda prompt: 0, **config}
+               "max_seq_len": max_seq_len, "rope_length": lambda prompt: 0,
+               "untrained": lambda length: None, **config}
         )  # fmt: skip
         self.tokenizer = ("json", byte_tokenizer())
         self.meta: dict[str, Any] = {"template.family": "chatml"}
@@ -126,6 +127,12 @@ class FakeEngine:
     def trim(self, sequence: int, length: int) -> None:
         assert length <= len(self.sequences[sequence])
         del self.sequences[sequence][length:]
+
+    def slide(self, sequence: int, first: int, count: int) -> None:
+        """What moved is not what the same tokens are elsewhere: it gets other numbers."""
+        held = self.sequences[sequence]
+        assert 0 < count <= len(held) - first
+        held[first:] = [token + 1_000_000 for token in held[first + count :]]
 
     def fork(self, source: int, target: int, length: int) -> None:
         assert source != target and length <= len(self.sequences[source])

@@ -185,8 +185,12 @@ def forward(model: Bin, tokens: list[int]) -> np.ndarray:
 # --- as .bin files
 
 
-def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, **more: Any) -> Path:
-    """A .bin of random weights, of a float kind; MORE goes to the Writer.
+def write_bin(
+    path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, golden: bool = False,
+    **more: Any,
+) -> Path:  # fmt: skip
+    """A .bin of random weights, of a float kind; MORE goes to the Writer. GOLDEN: with what
+    run.py --selftest compares.
 
     Sizes are as training leaves them: each product keeps its input's size, so that attention is
     neither flat nor stuck to one token.
@@ -196,6 +200,10 @@ def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, *
         Record(name, kind if len(size) == 2 else Kind.F32, size)
         for name, size in expected_tensors(shape).items()
     ]
+    if golden:
+        from llama.golden import KEY, room, store
+
+        more["meta"] = {**more.get("meta", {}), KEY: room(shape)}
     with Writer(path, shape, records, **more) as writer:
         for record in records:
             values = rng.standard_normal(record.shape, np.float32)
@@ -204,6 +212,8 @@ def write_bin(path: Path, shape: Config, seed: int = 0, kind: Kind = Kind.F32, *
             elif len(record.shape) == 2:
                 values /= np.float32(record.columns**0.5)
             writer.write(record.name, values)
+        if golden:
+            store(writer)
     return path
 
 

@@ -21,10 +21,14 @@ transformers = test_heads.transformers
 MANY = [*TEXTS, "longer " * 30, "b" * 250]
 
 
-def pooled(model: object, ids: list[int], pooling: str, normalize: bool) -> np.ndarray:
+def hidden_states(model: object, ids: list[int]) -> np.ndarray:
     base = getattr(model, "model", model)
     with torch.inference_mode():
-        hidden = base(torch.tensor([ids])).last_hidden_state[0].numpy().astype(np.float64)
+        found: np.ndarray = base(torch.tensor([ids])).last_hidden_state[0].numpy()
+    return found.astype(np.float64)
+
+
+def pooled(hidden: np.ndarray, pooling: str, normalize: bool) -> np.ndarray:
     found: np.ndarray = hidden[-1] if pooling == "last" else hidden.mean(axis=0)
     return found / np.sqrt(np.sum(found * found)) if normalize else found
 
@@ -35,22 +39,22 @@ def test_embeddings_are_transformers(tmp_path: Path, head: Head, frame: str) -> 
     model, tokenizer = text_model(tmp_path / "hf", head, frame=FRAMES.get(frame, ""))
     tokenizer.split_special_tokens = True
     with opened(tmp_path / "hf") as llm:
+        all_ids = [llm.text_ids(text) for text in MANY]
+        if head != Head.LM:  # whose texts only get the begin token
+            assert all_ids == [tokenizer(text).input_ids for text in MANY]
+        states = [hidden_states(model, ids) for ids in all_ids]
         for pooling in ("last", "mean"):
             for normalize in (True, False):
                 found = llm.embed(MANY, pooling, normalize)  # type: ignore[arg-type]
                 assert found.shape == (len(MANY), 32) and found.dtype == np.float32
-                for text, ours in zip(MANY, found, strict=True):
-                    ids = llm.text_ids(text)
-                    if head != Head.LM:  # whose texts only get the begin token
-                        assert ids == tokenizer(text).input_ids
-                    right = pooled(model, ids, pooling, normalize)
+                for hidden, ours in zip(states, found, strict=True):
+                    right = pooled(hidden, pooling, normalize)
                     assert np.abs(ours - right).max() <= 1e-4 * np.abs(right).max()
                     if normalize:
                         assert np.linalg.norm(ours) == pytest.approx(1, abs=1e-6)
-                    # alone and as ids, to the last bit
-                    for one in (text, ids):
-                        alone = llm.embed(one, pooling, normalize)  # type: ignore[arg-type]
-                        assert alone.shape == (32,) and np.array_equal(alone, ours)
+            for number, one in enumerate([MANY[0], all_ids[1], MANY[2]]):  # alone, to the last bit
+                alone = llm.embed(one, pooling, False)  # type: ignore[arg-type]
+                assert alone.shape == (32,) and np.array_equal(alone, found[number])
         assert np.array_equal(llm.embed(MANY), llm.embed(MANY, "last", True))
         assert llm.embed([]).shape == (0, 32)
         for wrong in ("first", None, 0):
@@ -74,7 +78,7 @@ def test_shapes_at_random(tmp_path: Path, seed: int) -> None:
         for pooling in ("last", "mean"):
             found = llm.embed(texts, pooling, False)  # type: ignore[arg-type]
             for ids, ours in zip(texts, found, strict=True):
-                right = pooled(model, ids, pooling, False)
+                right = pooled(hidden_states(model, ids), pooling, False)
                 assert np.abs(ours - right).max() <= 1e-4 * np.abs(right).max()
 
 

@@ -201,8 +201,13 @@ def test_llama3_rope_is_recovered_from_its_tensor(
         assert config.rope_scaling == Rope.LLAMA3
         assert config.rope_numbers == (factor, 1.0, 4.0, 8192.0)
     else:
-        with pytest.raises(LlamaError, match="rope_freqs.weight fits none of the published"):
+        with pytest.raises(LlamaError, match="rope_freqs.weight fits none .* --rope-scaling"):
             load(tmp_path / "a.gguf")
+        found = load(tmp_path / "a.gguf", Options(rope_scaling=f"llama3:{factor}"))
+        assert found.config.rope_numbers == (factor, 1.0, 4.0, 8192.0)
+    found = load(tmp_path / "a.gguf", Options(rope_scaling="yarn:4"))
+    assert found.config.rope_numbers[:2] == (4.0, 8192.0)  # from before its own scaling
+    assert "the checkpoint says llama3" in found.notes[-1]
 
 
 def test_yarn_rope(tmp_path: Path) -> None:

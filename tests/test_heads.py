@@ -239,6 +239,7 @@ def test_labels_and_the_like(tmp_path: Path) -> None:
     answers = exported(written(tmp_path / "c", Head.ANSWER))
     assert not [key for key in answers.meta if key.startswith("head.")]
     assert answers.config.n_labels == 2 and answers.config.output_bias
+    assert answers.describe().endswith(", question answering")
 
 
 @pytest.mark.parametrize(
@@ -575,6 +576,23 @@ def test_pairs_are_the_sources_own(data: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder)
 
 
+def test_what_a_tokenizer_cuts_and_fills_is_not_its_frame(tmp_path: Path) -> None:
+    """transformers pads and truncates only where it is asked to, whatever tokenizer.json says."""
+    text_model(tmp_path / "hf", Head.ANSWER, frame=FRAMES["both"])
+    file = tmp_path / "hf" / "tokenizer.json"
+    right = exported(tmp_path / "hf").meta["tokenizer.frame"]
+    assert json.loads(str(right)) == {"single": [1, "A", 2], "pair": [1, "A", 2, "B", 2]}
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.enable_padding(length=16)
+    library.save(str(file))
+    assert exported(tmp_path / "hf").meta["tokenizer.frame"] == right
+    library.enable_truncation(3)
+    library.save(str(file))
+    assert exported(tmp_path / "hf").meta["tokenizer.frame"] == right
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert tokenizer("ab", "c").input_ids == [1, 100, 101, 2, 102, 2]
+
+
 # --- the wrong call, and damaged entries
 
 
@@ -606,7 +624,7 @@ def test_the_wrong_call_names_the_right_one(tmp_path: Path, head: Head) -> None:
                 call(llm)
             said = str(caught.value)
             right = {Head.LM: "generate() or chat()", Head.NONE: "embed()", Head.ANSWER: "answer()",
-                     Head.SEQUENCE: "classify()", Head.TOKEN: "tag()"}[head]  # fmt: skip
+                     Head.SEQUENCE: "score()", Head.TOKEN: "tag()"}[head]  # fmt: skip
             assert said.endswith(f": use {right}") and "needs a model that" in said, said
             assert "\n" not in said
     with pytest.raises(LlamaError, match="closed"):

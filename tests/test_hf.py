@@ -92,6 +92,17 @@ def test_logits_are_transformers(tmp_path: Path, seed: int) -> None:
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def test_transformers_own_shards(tmp_path: Path) -> None:
+    """save_pretrained cuts a model into many files and an index."""
+    model = small_models.transformers_llama(small_models.config(n_kv_heads=2))
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
+    whole = export(tmp_path / "one", tmp_path / "one.bin")
+    many = export(tmp_path / "many", tmp_path / "many.bin")
+    assert many.config == whole.config and many.records == whole.records
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_pytorch_bin_is_safetensors(tmp_path: Path, dtype: str) -> None:
     shape = small_models.config()
@@ -204,12 +215,11 @@ def test_defaults_are_transformers(tmp_path: Path) -> None:
     assert (config.rope_theta, config.norm_eps, config.tied) == (1e4, 1e-6, False)
 
 
-def test_a_tied_models_spare_output_is_dropped(tmp_path: Path) -> None:
+def test_code_of_its_own_is_mentioned(tmp_path: Path) -> None:
     shape = small_models.config()
-    folder = small_models.write_hf(tmp_path / "hf", shape, small_models.weights(shape))
-    settings_ = small_models.hf_settings(shape, tie_word_embeddings=True)
-    (folder / "config.json").write_text(json.dumps(settings_))
-    assert "output.weight" not in export(folder, tmp_path / "a.bin").tensors
+    code = {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"}
+    folder = small_models.write_hf(tmp_path, shape, small_models.weights(shape), auto_map=code)
+    assert any("auto_map" in note for note in load(folder).notes)
 
 
 def test_broken_directories_are_one_line(tmp_path: Path) -> None:

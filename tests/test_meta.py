@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,47 @@ def export(source: Path, out: Path, options: Options | None = None) -> Bin:
     return read(out)
 
 
+STYLES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "llama 1": ({}, "columns", {}),
+    "llama 2": ({"n_kv_heads": 8}, "columns", {}),
+    "llama 3": (
+        {"n_kv_heads": 8, "rope_theta": 5e5, "rope_scaling": Rope.LLAMA3,
+         "rope_numbers": (8.0, 1.0, 4.0, 8192.0)}, "rows", {"use_scaled_rope": True},
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_shards_and_hugging_face_make_the_same_bytes(tmp_path: Path, dtype: str) -> None:
-    shape = small_models.config(n_kv_heads=4)
+@pytest.mark.parametrize("style", STYLES)
+def test_shards_and_hugging_face_make_the_same_bytes(
+    tmp_path: Path, style: str, dtype: str
+) -> None:
+    """1, 2, 4 and 8 shards and one safetensors file: one config, and every byte of every tensor."""
+    changes, embeddings, said = STYLES[style]
+    shape = small_models.config(
+        dim=64, head_dim=4, n_heads=16, **{"n_kv_heads": 16, **changes}, vocab_size=48,
+        hidden_dim=88,
+    )  # fmt: skip
     weights = small_models.weights(shape, dtype)
-    hf = export(small_models.write_hf(tmp_path / "hf", shape, weights), tmp_path / "hf.bin")
+    rope = dict(zip(small_models.ROPE_NAMES[shape.rope_scaling], shape.rope_numbers, strict=True))
+    if rope:
+        rope = {**rope, "rope_type": "llama3", small_models.ORIGINAL: 8192}
+    folder = small_models.write_hf(tmp_path / "hf", shape, weights, rope_scaling=rope or None)
+    hf = export(folder, tmp_path / "hf.bin")
+    assert hf.config == replace(shape, norm_eps=hf.config.norm_eps)  # an f32 in the file
     assert hf.records["output.weight"].kind == Kind[dtype.upper()]
     for name, tensor in weights.items():
         assert torch.equal(torch.from_numpy(hf.tensors[name]), tensor.float()), name
-    for n in (1, 2, 4):
-        for embeddings in ("columns", "rows"):
-            folder = tmp_path / f"meta{n}{embeddings}"
-            small_models.write_meta(folder, shape, weights, n, embeddings)
-            meta = export(folder, tmp_path / "meta.bin", Options(max_seq_len=32))
-            assert meta.config == hf.config
-            for name, record in hf.records.items():
-                assert meta.records[name].crc32 == record.crc32, (n, embeddings, name)
-                assert meta.records[name].kind == record.kind
-
-
-def test_eight_shards_of_grouped_queries(tmp_path: Path) -> None:
-    shape = small_models.config(dim=64, head_dim=4, n_heads=16, n_kv_heads=8, vocab_size=48,
-                                hidden_dim=88)  # fmt: skip
-    weights = small_models.weights(shape)
-    small_models.write_meta(tmp_path / "m", shape, weights, 8)
-    found = export(tmp_path / "m", tmp_path / "m.bin")
-    for name, tensor in weights.items():
-        assert torch.equal(torch.from_numpy(found.tensors[name]), tensor), name
+    options = Options(max_seq_len=32, rope_scaling="llama3:8" if rope else None)
+    for n in (1, 2, 4, 8):
+        folder = tmp_path / f"meta{n}"
+        small_models.write_meta(folder, shape, weights, n, embeddings, **said)
+        meta = export(folder, tmp_path / "meta.bin", options)
+        assert meta.config == hf.config
+        assert meta.records == {
+            name: replace(record, offset=meta.records[name].offset)
+            for name, record in hf.records.items()
+        }, n
 
 
 def test_real_checkpoint(data: Path, tmp_path: Path) -> None:
@@ -151,21 +166,33 @@ def test_context_is_inferred_and_said(
     given = params(tmp_path / folder, norm_eps=eps)
     assert _max_seq_len(given, theta, scaling, Options(), notes) == length
     assert notes and "inferred" in notes[0]
-    assert _max_seq_len(given, theta, scaling, Options(max_seq_len=77), []) == 77
+    assert _max_seq_len(given, theta, scaling, Options(max_seq_len=77), notes) == length
+    assert notes[1] == f"context {length}: inferred"
 
 
 def test_rope_scaling(tmp_path: Path) -> None:
-    assert _rope(params(tmp_path), []) == (Rope.PLAIN, ())
-    assert _rope(params(tmp_path, use_scaled_rope=False), []) == (Rope.PLAIN, ())
+    assert _rope(params(tmp_path), Options(), []) == (Rope.PLAIN, ())
+    assert _rope(params(tmp_path, use_scaled_rope=False), Options(), []) == (Rope.PLAIN, ())
     notes: list[str] = []
-    big = params(tmp_path, use_scaled_rope=True, dim=4096, n_layers=32)
-    assert _rope(big, notes) == (Rope.LLAMA3, (8.0, 1.0, 4.0, 8192.0))
+    for dim, n_layers in ((4096, 32), (8192, 80), (16384, 126)):
+        big = params(tmp_path, use_scaled_rope=True, dim=dim, n_layers=n_layers)
+        assert _rope(big, Options(), notes) == (Rope.LLAMA3, (8.0, 1.0, 4.0, 8192.0))
     for dim, n_layers in ((2048, 16), (3072, 28)):
         small = params(tmp_path, use_scaled_rope=True, dim=dim, n_layers=n_layers)
-        assert _rope(small, notes)[1][0] == 32
-    assert len(notes) == 3
+        assert _rope(small, Options(), notes)[1][0] == 32
+    assert len(notes) == 5 and all("--rope-scaling sets another" in note for note in notes)
     said = params(tmp_path, use_scaled_rope=True, rope_scaling_factor=16)
-    assert _rope(said, [])[1][0] == 16
+    assert _rope(said, Options(), [])[1][0] == 16
+    other = params(tmp_path, use_scaled_rope=True, dim=4096, n_layers=31)
+    with pytest.raises(LlamaError, match="dim 4096 and 31 layers .* say --rope-scaling llama3:8"):
+        _rope(other, Options(), [])
+    assert _rope(other, Options(rope_scaling="llama3:8"), notes)[0] == Rope.LLAMA3
+    assert len(notes) == 5
+    shape = small_models.config()
+    small_models.write_meta(tmp_path, shape, small_models.weights(shape), use_scaled_rope=True)
+    found = load(tmp_path, Options(rope_scaling="llama3:32"))
+    assert found.config.rope_numbers == (32.0, 1.0, 4.0, 8192.0)
+    assert any("says llama3 of unknown factor" in note for note in found.notes)
 
 
 def test_wrong_tensors_are_one_line(tmp_path: Path) -> None:
@@ -201,7 +228,7 @@ def test_wrong_tensors_are_one_line(tmp_path: Path) -> None:
     small_models.write_meta(tmp_path / "m", shape, weights, 2)
     (tmp_path / "m/consolidated.01.pth").unlink()
     (tmp_path / "m/consolidated.00.pth").rename(tmp_path / "m/consolidated.01.pth")
-    with pytest.raises(LlamaError, match="expected 1, 2, 4 or 8 shards .* found consolidated.01"):
+    with pytest.raises(LlamaError, match="1, 2, 4, 8 or 16 shards .* found consolidated.01"):
         load(tmp_path / "m")
 
 
@@ -250,3 +277,47 @@ def test_rows_come_in_any_cut(tmp_path: Path) -> None:
         for first, last in [(0, 1), (n // 2 - 1, n // 2 + 2), (n - 1, n), (0, n)]:
             rows = torch.from_numpy(widen(tensor.rows(first, last)).copy())
             assert torch.equal(rows, weights[name][first:last]), (name, first, last)
+
+
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    shape = small_models.config()
+    weights = small_models.weights(shape)
+
+    def refused(dtype: torch.dtype | None = None, **params: Any) -> str:
+        tensors = dict(weights)
+        if dtype is not None:
+            tensors |= {n: t.to(dtype) for n, t in weights.items() if ".w1." in n}
+        small_models.write_meta(tmp_path / "m", shape, tensors, **params)
+        with pytest.raises(LlamaError) as caught:
+            load(tmp_path / "m")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    strange = {"use_qk_norm": True, "vision_chunk_size": 448, "ffn_exp": 4.0,
+               "quantization_args": {"group_size": 256}, "activation": "gelu"}  # fmt: skip
+    for key, value in strange.items():
+        assert f"params.json: {key} is not supported" in refused(**{key: value})
+    assert load(small_models.write_meta(tmp_path / "m", shape, weights, vision_chunk_size=-1,
+                                        lora_args=None, max_batch_size=4))  # fmt: skip
+    assert "w1.weight: expected f32, f16 or bf16, found float8_e4m3fn" in refused(
+        torch.float8_e4m3fn
+    )
+    (tmp_path / "m/fp8_scales_0.pt").write_bytes(b"")
+    assert "found float8_e4m3fn with scales of their own (fp8_scales_0.pt)" in refused()
+    (tmp_path / "m/fp8_scales_0.pt").unlink()
+    big = small_models.config(vocab_size=128256, dim=8, hidden_dim=8, n_heads=1, n_kv_heads=1,
+                              head_dim=8, n_layers=1)  # fmt: skip
+    small_models.write_meta(tmp_path / "three", big, small_models.weights(big), rope_theta=None)
+    with pytest.raises(LlamaError, match="rope_theta: expected a number, found nothing"):
+        load(tmp_path / "three")
+
+
+def test_chat_or_base_is_said_to_be_inferred(tmp_path: Path) -> None:
+    shape = small_models.config()
+    for name, note in (("llama-2-7b-chat", "chat template llama2: inferred"),
+                       ("llama-2-7b", "no chat template: inferred")):  # fmt: skip
+        folder = small_models.write_meta(tmp_path / name, shape, small_models.weights(shape))
+        notes = load(folder).notes
+        assert any(note in line and "--template" in line for line in notes), notes
+        notes = load(folder, Options(template="none")).notes
+        assert not any("chat template" in line for line in notes)

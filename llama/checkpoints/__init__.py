@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from llama.checkpoints import llama2c
+from llama.checkpoints import infill, llama2c, positions, tied
 from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
 from llama.errors import LlamaError
-from llama.format import MAGIC
+from llama.format import MAGIC, Writer
 
 __all__ = ["Checkpoint", "Options", "export", "find", "load", "recognise"]
 MODULES = {"Meta": "meta", "Hugging Face": "hf", "GGUF": "gguf", "llama2.c": "llama2c"}
@@ -55,23 +54,31 @@ def recognise(path: Path) -> str:
     raise LlamaError(f"{path}: expected {EXPECTED}; found {found}")
 
 
-def load(path: Path, options: Options = Options()) -> Checkpoint:  # noqa: B008 (frozen)
-    """Recognises a checkpoint and reads everything but its weights; raises LlamaError."""
+def load(
+    path: Path,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Checkpoint:
+    """Recognises a checkpoint and reads everything but its weights, of which only the embedding
+    may be compared with the output matrix: PROGRESS hears (rows done, all rows). Raises
+    LlamaError."""
+    if options.template not in (None, "none", *FAMILIES):
+        raise LlamaError(
+            f"--template: expected {', '.join(FAMILIES)} or none, found {options.template}"
+        )
+    scaling = None if options.rope_scaling is None else positions.parse(options.rope_scaling)
     source = recognise(path)
     module = import_module(f"llama.checkpoints.{MODULES[source]}")
     checkpoint: Checkpoint = module.load(path, options)
-    if options.max_seq_len is not None:
-        checkpoint.config = replace(checkpoint.config, max_seq_len=options.max_seq_len)
+    positions.apply(checkpoint, scaling, options.max_seq_len)
     if options.template is not None:
         checkpoint.meta.pop("template.family", None)
         if options.template != "none":
-            if options.template not in FAMILIES:
-                raise LlamaError(
-                    f"--template: expected {', '.join(FAMILIES)} or none, found {options.template}"
-                )
             checkpoint.meta["template.family"] = options.template
+    tied.store_once(checkpoint, progress)
     if checkpoint.tokenizer.special:
         checkpoint.meta["tokenizer.special"] = json.dumps(checkpoint.tokenizer.special)
+    infill.settle(checkpoint, options.infill)
     checkpoint.check()
     return checkpoint
 
@@ -108,12 +115,36 @@ def export(
     from tqdm import tqdm
 
     say = say or (lambda line: print(line, file=sys.stderr))
-    checkpoint = load(source, options)
+    with tqdm(desc="comparing", unit="row", leave=False, disable=None, delay=1) as bar:
+
+        def compared(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        checkpoint = load(source, options, compared)
     say(checkpoint.describe())
     for note in checkpoint.notes:
         say(f"  {note}")
+    golden = _golden(checkpoint, say)
     kind = checkpoint.default_kind() if dtype is None else FLOATS[dtype]
     total = sum(record.size() for record in records_of(checkpoint, kind))
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        size = convert(checkpoint, out, kind, force=force, progress=bar.update)
+
+        def finish(writer: Writer) -> None:
+            bar.close()
+            golden(writer)
+
+        size = convert(checkpoint, out, kind, force=force, progress=bar.update, finish=finish)
     say(f"wrote {out}: {kind.label}, {size:,} bytes")
+
+
+def _golden(checkpoint: Checkpoint, say: Callable[[str], object]) -> Callable[[Writer], object]:
+    """Sets room aside for what run.py --selftest will compare; returns what fills it in the end.
+    The C library computes it; where that cannot be had a model is exported all the same."""
+    try:
+        from llama import golden
+    except (LlamaError, ModuleNotFoundError) as error:
+        say(f"  nothing is stored for run.py --selftest: {error}")
+        return lambda writer: None
+    checkpoint.meta[golden.KEY] = golden.room(checkpoint.config)
+    return lambda writer: golden.store(writer, say=say)

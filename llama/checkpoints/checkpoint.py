@@ -16,6 +16,9 @@ from llama.errors import LlamaError
 from llama.format import Config, Head, Rope, TokenizerKind, Value, expected_tensors
 from llama.quant import Kind
 
+# Embeddings are padded to round sizes and with room for tokens to come. The most that is known of
+# a published Llama is DeepSeek LLM's: 100,015 tokens, 102,400 rows.
+MOST_PADDING, PADDING_SHARE = 256, 32
 HEADS = {Head.NONE: "no head", Head.SEQUENCE: "sequence classification",
          Head.ANSWER: "question answering", Head.TOKEN: "token classification"}  # fmt: skip
 FLOATS = {kind.label: kind for kind in (Kind.F32, Kind.F16, Kind.BF16)}
@@ -28,6 +31,8 @@ class Options:
     tokenizer: Path | None = None
     template: str | None = None  # a family's name, or "none"
     max_seq_len: int | None = None
+    rope_scaling: str | None = None  # positions.parse reads it
+    infill: bool | None = None  # None: by the vocabulary, the name and the shape
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Tokenizer:
     bos_id: int | None = None  # None: no token is put before a text
     eos_ids: tuple[int, ...] = ()
     special: dict[str, int] = field(default_factory=dict)  # of tiktoken ranks
+    infill: dict[str, int] = field(default_factory=dict)  # the ids that the source itself names
 
 
 @dataclass
@@ -54,15 +60,11 @@ class Checkpoint:
     meta: dict[str, Value]
     notes: list[str]  # what was inferred or left out, a line each
     own_names: Mapping[str, str] = field(default_factory=dict)  # ours -> the source's
+    tied_as_published: bool = False  # the model is known to be tied, whatever the files hold
 
     def check(self) -> None:
         """Raises LlamaError for an impossible config, or a tensor wrong, missing or left over."""
-        size = self.tokenizer.vocab_size
-        if size > self.config.vocab_size:
-            raise LlamaError(
-                f"{self.path}: the tokenizer has {size} tokens, the model only "
-                f"{self.config.vocab_size}"
-            )
+        self._check_pairing()
         try:
             self.config.check()
         except LlamaError as error:
@@ -71,7 +73,7 @@ class Checkpoint:
         for name, shape in expected.items():
             where = f"{self.path}: {self.own_names.get(name, name)}"
             if name not in self.tensors:
-                raise LlamaError(f"{where} is missing, expected {show(shape)}")
+                raise LlamaError(f"{where} is missing, expected {show(shape)}{_why(name)}")
             tensor = self.tensors[name]
             if tensor.shape != shape:
                 raise LlamaError(f"{where}: expected {show(shape)}, found {show(tensor.shape)}")
@@ -82,6 +84,23 @@ class Checkpoint:
                 f"{self.path}: {self.own_names.get(name, name)}: a tensor that a Llama of this "
                 "shape does not have"
             )
+
+    def _check_pairing(self) -> None:
+        """Raises LlamaError where the tokenizer cannot be the one the model was trained with."""
+        size, rows = self.tokenizer.vocab_size, self.config.vocab_size
+        if size > rows:
+            raise LlamaError(
+                f"{self.path}: the tokenizer has {size} tokens, the model only {rows}: they do not "
+                "belong together"
+            )
+        if not size or size == rows:
+            return
+        if rows - size > max(MOST_PADDING, size // PADDING_SHARE):
+            raise LlamaError(
+                f"{self.path}: the tokenizer has {size} tokens, the model {rows}, more than "
+                "padding explains: they do not belong together"
+            )
+        self.notes.append(f"{rows - size} ids beyond the tokenizer's {size} tokens: padding")
 
     def main_dtype(self) -> str:
         """The dtype that most of the matrices' weights have."""
@@ -111,11 +130,20 @@ class Checkpoint:
         if c.tied:
             parts.append("tied")
         if c.head != Head.LM:
-            labels = f" of {c.n_labels} label" + "s" * (c.n_labels > 1) if c.n_labels else ""
-            parts.append(f"{HEADS[c.head]}{labels}")
+            parts.append(HEADS[c.head])
+        if c.head in (Head.SEQUENCE, Head.TOKEN):
+            parts[-1] += f" of {c.n_labels} label" + "s" * (c.n_labels > 1)
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"
+
+
+def _why(name: str) -> str:
+    """What a missing bias has to do with the others."""
+    if not name.endswith(".bias"):
+        return ""
+    group = "q, k, v and output" if ".attention." in name else "w1, w2 and w3"
+    return f": there are biases, and then all of {group} have one"
 
 
 def show(shape: tuple[int, ...]) -> str:

@@ -37,8 +37,10 @@ def convert(
     *,
     force: bool = False,
     progress: Callable[[int], object] = lambda n: None,
+    finish: Callable[[Writer], object] = lambda writer: None,
 ) -> int:
-    """Writes OUT and returns its size in bytes; PROGRESS hears the bytes of each chunk written.
+    """Writes OUT and returns its size in bytes; PROGRESS hears the bytes of each chunk written,
+    FINISH gets the writer when all is written and the file has not got its name yet.
 
     Raises LlamaError; then, and on Ctrl-C, nothing is left of OUT.
     """
@@ -58,6 +60,7 @@ def convert(
                 tensor.release()
                 done = [record.n_bytes * row // record.rows for row in (first, last)]
                 progress(done[1] - done[0])
+        finish(writer)
     return writer.file_bytes
 
 

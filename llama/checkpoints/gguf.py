@@ -19,6 +19,7 @@ from llama.checkpoints.checkpoint import Checkpoint, Options, Tokenizer
 from llama.checkpoints.family import family_of
 from llama.checkpoints.gguf_container import Container
 from llama.checkpoints.mapped import Tensor
+from llama.checkpoints.positions import yarn_attention
 from llama.errors import LlamaError
 from llama.format import Config, Rope, Value
 
@@ -70,7 +71,8 @@ def load(path: Path, options: Options) -> Checkpoint:
         tokenizer = tokenizer_file.read(options.tokenizer)
     else:
         tokenizer = vocabulary.from_gguf(path, metadata, notes)
-    config = _config(path, metadata, tensors, freqs, tokenizer)
+    chosen = options.rope_scaling is not None
+    config = _config(path, metadata, tensors, freqs, tokenizer, chosen)
     own = {_meta_name(path, name): name for name in container.tensors if name != ROPE}
     meta = _meta(path, metadata)
     return Checkpoint(path, "GGUF", config, tensors, tokenizer, meta, notes, own)
@@ -118,6 +120,7 @@ def _config(
     tensors: dict[str, Tensor],
     freqs: Tensor | None,
     tokenizer: Tokenizer,
+    chosen: bool,
 ) -> Config:
     fields = _Fields(path, metadata)
     for key, neutral in NEUTRAL.items():
@@ -134,7 +137,7 @@ def _config(
                 f"{path}: llama.{key}: expected the head's {head_dim}, found {fields.count(key)}"
             )
     theta = fields.real("rope.freq_base", 10000.0)
-    scaling, numbers = _rope(path, fields, freqs, theta, head_dim)
+    scaling, numbers = _rope(path, fields, freqs, theta, head_dim, chosen)
     return Config(
         vocab_size=tensors["tok_embeddings.weight"].shape[0],
         dim=dim,
@@ -162,7 +165,7 @@ def _any_bias(tensors: dict[str, Tensor], group: str) -> bool:
 
 
 def _rope(
-    path: Path, fields: _Fields, freqs: Tensor | None, theta: float, head_dim: int
+    path: Path, fields: _Fields, freqs: Tensor | None, theta: float, head_dim: int, chosen: bool
 ) -> tuple[Rope, tuple[float, ...]]:
     kind = fields.metadata.get("llama.rope.scaling.type", "none")
     factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0))
@@ -191,18 +194,22 @@ def _rope(
     for numbers in LLAMA3_ROPES:
         if np.allclose(found, _llama3_factors(theta, head_dim, numbers), rtol=1e-4):
             return Rope.LLAMA3, numbers
-    raise LlamaError(f"{path}: rope_freqs.weight fits none of the published llama3 rope scalings")
+    if chosen:
+        return Rope.LLAMA3, (0.0, 1.0, 4.0, 8192.0)  # --rope-scaling takes its place
+    raise LlamaError(
+        f"{path}: rope_freqs.weight fits none of the published llama3 rope scalings; "
+        "--rope-scaling llama3:FACTOR says which it is"
+    )
 
 
 def _yarn(fields: _Fields, factor: float) -> tuple[float, ...]:
     """The numbers of docs/format.md; llama.cpp multiplies attn_factor by what factor implies."""
-    implied = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     return (
         factor,
         float(fields.count("rope.scaling.original_context_length", fields.count("context_length"))),
         fields.real("rope.scaling.yarn_beta_fast", 32.0),
         fields.real("rope.scaling.yarn_beta_slow", 1.0),
-        fields.real("rope.scaling.attn_factor", 1.0) * implied,
+        fields.real("rope.scaling.attn_factor", 1.0) * yarn_attention(factor),
         1.0,
     )
 

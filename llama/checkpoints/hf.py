@@ -7,7 +7,6 @@ not compute is refused by its name.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama.checkpoints import hf_heads, hf_tokenizer, safetensors_file, torch_fi
 from llama.checkpoints.checkpoint import Checkpoint, Options
 from llama.checkpoints.hf_heads import Architecture
 from llama.checkpoints.mapped import Interleaved, Tensor
+from llama.checkpoints.positions import yarn_attention
 from llama.checkpoints.settings import Settings
 from llama.errors import LlamaError
 from llama.format import Config, Head, Rope
@@ -38,12 +38,14 @@ BUFFERS = re.compile(r"(\w+\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 PAIRED = re.compile(r"layers\.\d+\.attention\.w[qk]\.(weight|bias)")
 # Settings that change the numbers, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1,),
-    "quantization_config": (),
-    "sliding_window": (),
-}
+    "model_type": ("llama",), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,),
+    "sliding_window": (), "use_sliding_window": (False,), "no_rope_layers": ([],),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "clip_qkv": (),
+    "qk_norm": (False,), "use_qk_norm": (False,), "rope_interleaved": (False,),
+    "logit_scale": (1,), "logits_scaling": (1,), "embedding_multiplier": (1,),
+    "residual_multiplier": (1,), "attention_multiplier": (),
+    "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,),
+}  # fmt: skip
 
 
 def load(path: Path, options: Options) -> Checkpoint:
@@ -55,13 +57,13 @@ def load(path: Path, options: Options) -> Checkpoint:
     prefix = architecture.prefix(weights)
     own = {_meta_name(path, name, architecture, prefix): name for name in weights}
     tensors = {ours: weights[name] for ours, name in own.items()}
-    if config.tied:
-        tensors.pop("output.weight", None)  # transformers puts the embedding in its place
     for name, tensor in tensors.items():
         whole = len(tensor.shape) > 0 and tensor.shape[0] % config.head_dim == 0
         if PAIRED.fullmatch(name) and whole:
             tensors[name] = Interleaved(tensor, config.head_dim)
     notes: list[str] = []
+    if settings.values.get("auto_map"):
+        notes.append("it comes with code of its own (auto_map), which is not looked at")
     tokenizer, meta = hf_tokenizer.load(path, settings, config.vocab_size, options, notes)
     config = replace(config, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
     name = path.resolve().name
@@ -104,11 +106,7 @@ def _own_names(n_layers: int, architecture: Architecture, prefix: str) -> dict[s
 def config_of(settings: Settings) -> Config:
     """What config.json says of the network; no token ids, which the tokenizer knows."""
     head = hf_heads.architecture_of(settings).head
-    for key, neutral in NEUTRAL.items():
-        if settings.has(key) and settings.values[key] not in neutral:
-            raise LlamaError(
-                f"{settings.path}: {key} = {str(settings.values[key])[:60]} is not supported"
-            )
+    _refuse_others(settings)
     dim, n_heads = settings.count("hidden_size"), settings.count("num_attention_heads")
     theta, scaling, numbers = _rope(settings)
     config = Config(
@@ -119,7 +117,7 @@ def config_of(settings: Settings) -> Config:
         n_layers=settings.count("num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=settings.count("num_key_value_heads", n_heads),
-        max_seq_len=settings.count("max_position_embeddings", 2048),  # transformers' defaults
+        max_seq_len=_max_seq_len(settings),
         norm_eps=settings.real("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -138,10 +136,33 @@ def config_of(settings: Settings) -> Config:
     return config
 
 
+def _refuse_others(settings: Settings) -> None:
+    """Raises LlamaError for a setting that would change the numbers. What is not listed is a key
+    that transformers' Llama does not look at."""
+    where = settings.path
+    for key, neutral in NEUTRAL.items():
+        if settings.has(key) and settings.values[key] not in neutral:
+            raise LlamaError(f"{where}: {key} = {str(settings.values[key])[:60]} is not supported")
+    layers = settings.values.get("layer_types") or []
+    if not isinstance(layers, list) or any(each != "full_attention" for each in layers):
+        raise LlamaError(f"{where}: layer_types other than full_attention are not supported")
+    if settings.has("quantization_config"):
+        method = settings.inside("quantization_config").values.get("quant_method", "unknown")
+        raise LlamaError(
+            f"{where}: quantization_config: {str(method)[:40]} weights are not supported; export "
+            "the checkpoint whose weights are f32, f16 or bf16"
+        )
+
+
 def _rope(settings: Settings) -> tuple[float, Rope, tuple[float, ...]]:
-    """Base, kind and numbers, as transformers 4 (rope_scaling) or 5 (rope_parameters) has them."""
-    key = "rope_parameters" if settings.has("rope_parameters") else "rope_scaling"
+    """Base, kind and numbers, as transformers 4 (rope_scaling) or 5 (rope_parameters) has them;
+    where both stand there, transformers 5 too takes the former."""
+    key = "rope_scaling" if settings.values.get("rope_scaling") else "rope_parameters"
     rope = settings.inside(key)
+    for name, value in rope.values.items():
+        if isinstance(value, dict):
+            raise LlamaError(f"{settings.path}: {key}: one for each layer type ({name}) "
+                             "is not supported")  # fmt: skip
     theta = rope.real("rope_theta", settings.real("rope_theta", 10000.0))
     kind = rope.text("rope_type", rope.text("type", "default"))
     if rope.real("partial_rotary_factor", 1.0) != 1:
@@ -163,15 +184,19 @@ def _rope(settings: Settings) -> tuple[float, Rope, tuple[float, ...]]:
     raise LlamaError(f"{settings.path}: rope type {kind[:40]} is not supported")
 
 
+def _max_seq_len(settings: Settings) -> int:
+    """max_position_embeddings, or what it was stretched to: Vicuna's 16k models have it beside."""
+    length = settings.count("max_position_embeddings", 2048)  # transformers' default
+    return max(length, settings.count("max_sequence_length", 0))
+
+
 def _yarn(rope: Settings, length: int, original: int) -> tuple[float, ...]:
     """The numbers of docs/format.md, with transformers' rules for those that are not given."""
     factor = rope.real("factor", length / max(original, 1))
-
-    def attention(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
-
     over, under = rope.real("mscale", 0.0), rope.real("mscale_all_dim", 0.0)
-    implied = attention(over) / attention(under) if over and under else attention(1.0)
+    implied = yarn_attention(factor)
+    if over and under:
+        implied = yarn_attention(factor, over) / yarn_attention(factor, under)
     return (
         factor,
         float(original),

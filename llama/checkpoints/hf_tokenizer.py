@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints import tokenizer_file
+from llama.checkpoints import added_tokens, tokenizer_file
 from llama.checkpoints.checkpoint import Options, Tokenizer
 from llama.checkpoints.family import family_by_name, family_of
 from llama.checkpoints.settings import Settings
@@ -31,6 +31,10 @@ def load(
     tokenizer = _choose(path, vocab_size, options, notes)
     jinja = _template(path, said)
     meta: dict[str, Value] = {}
+    if tokenizer.kind == TokenizerKind.SENTENCEPIECE and options.tokenizer is None:
+        added = added_tokens.extend(path, tokenizer, said, vocab_size, notes)
+        if added and said.values.get("legacy") is False:
+            meta["tokenizer.spaces_first"] = 1
     if jinja is not None:
         meta["template.jinja"] = jinja
         family = family_of(jinja)
@@ -65,6 +69,7 @@ def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
 
         library = Library.from_str(data.decode("utf-8"))
         library.no_padding()
+        library.no_truncation()
         found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
     else:
         said = Settings.read(path / "tokenizer_config.json", needed=False)

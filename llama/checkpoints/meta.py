@@ -1,4 +1,4 @@
-"""Meta's own form: params.json, consolidated.NN.pth in 1 to 8 shards, tokenizer.model.
+"""Meta's own form: params.json, consolidated.NN.pth in 1 to 16 shards, tokenizer.model.
 
 The shards come from model-parallel training: each matrix is cut along its outputs (rows) or its
 inputs (columns), norms are copied into all. The embedding is cut by columns in Llama 1 and 2 and
@@ -9,6 +9,7 @@ chat model, which factor of rope scaling) is inferred and said to be so.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from llama.checkpoints import tokenizer_file, torch_file
@@ -23,40 +24,63 @@ BY_ROWS = re.compile(r"(layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])|out
 BY_COLUMNS = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight")
 # Buffers that old files carry along with the weights.
 BUFFERS = re.compile(r"(.*\.)?rope\.freqs|layers\.\d+\.attention\.mask|freqs_cis|mask")
-REFUSED = ("moe", "moe_args", "quantization_args", "quantization", "lora_args", "sliding_window",
-           "vision_chunk_size", "vision_args", "attention_bias", "softcap")  # fmt: skip
+# What params.json may say; anything else could change the numbers and is refused by name.
+KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of",
+         "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor",
+         "high_freq_factor", "max_seq_len", "max_batch_size"}  # fmt: skip
+# (dim, n_layers) -> the factor of use_scaled_rope: 3.1's and 3.3's 8B, 70B, 405B; 3.2's 1B, 3B
+FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
 
 
 def load(path: Path, options: Options) -> Checkpoint:
     """Reads params.json and the shards' directories; weights stay where they are."""
     params = Settings.read(path / "params.json")
-    for key in REFUSED:
-        if params.values.get(key):
+    for key in sorted(params.values.keys() - KNOWN):
+        if params.values[key] not in (None, False, 0, -1, "", [], {}):
             raise LlamaError(f"{params.path}: {key} is not supported")
+    scales = sorted(path.glob("fp8_scales_*"))
+    if scales:
+        raise LlamaError(
+            f"{path}: expected f32, f16 or bf16 weights, found float8_e4m3fn with scales of their "
+            f"own ({scales[0].name}); export the BF16 release"
+        )
     notes: list[str] = []
     tensors = _merge(path, _shards(path), params.count("dim"))
     tokenizer = tokenizer_file.beside(path, ("tokenizer.model",), options, notes)
+    shape = (params.count("dim"), params.count("n_layers"))
+    small = FACTORS.get(shape) == 32 and params.flag("use_scaled_rope", False)  # Llama 3.2
     config = _config(params, tensors, tokenizer, options, notes)
+    if small and "output.weight" not in tensors:
+        config = replace(config, tied=True)
     meta: dict[str, Value] = {
         "general.name": path.resolve().name,
         "general.origin": f"Meta {path.resolve().name}",
     }
-    if options.template is None and sounds_like_chat(path.resolve().name):
+    if options.template is None and not sounds_like_chat(path.resolve().name):
+        notes.append(
+            "no chat template: inferred, the directory's name says neither chat nor instruct "
+            "(--template sets one)"
+        )
+    elif options.template is None:
         family = "llama3" if tokenizer.kind == TokenizerKind.TIKTOKEN else "llama2"
         family = family_by_name(path.resolve().name) or family
         meta["template.family"] = family
-        notes.append(f"chat template {family}: inferred from the directory's name")
-    return Checkpoint(path, "Meta", config, tensors, tokenizer, meta, notes)
+        notes.append(
+            f"chat template {family}: inferred from the directory's name (--template sets another)"
+        )
+    return Checkpoint(
+        path, "Meta", config, tensors, tokenizer, meta, notes, tied_as_published=small
+    )
 
 
 def _shards(path: Path) -> list[dict[str, Tensor]]:
     files = sorted(path.glob("consolidated.*.pth"))
     names = [file.name for file in files]
-    if len(files) not in (1, 2, 4, 8) or names != [
+    if len(files) not in (1, 2, 4, 8, 16) or names != [
         f"consolidated.{n:02}.pth" for n in range(len(files))
     ]:
         raise LlamaError(
-            f"{path}: expected 1, 2, 4 or 8 shards consolidated.00.pth and on, found "
+            f"{path}: expected 1, 2, 4, 8 or 16 shards consolidated.00.pth and on, found "
             f"{', '.join(names)[:200] or 'none'}"
         )
     shards = []
@@ -101,11 +125,12 @@ def _config(
     notes: list[str],
 ) -> Config:
     dim, n_heads = params.count("dim"), params.count("n_heads")
-    theta = params.real("rope_theta", 10000.0)
-    scaling, numbers = _rope(params, notes)
-    small = scaling == Rope.LLAMA3 and numbers[0] == 32
+    vocab_size = _vocab_size(params, tensors)
+    # Llama 3 always says it; what came before it left 10000 out
+    theta = params.real("rope_theta", None if vocab_size > 100_000 else 10000.0)
+    scaling, numbers = _rope(params, options, notes)
     return Config(
-        vocab_size=_vocab_size(params, tensors),
+        vocab_size=vocab_size,
         dim=dim,
         hidden_dim=_hidden_dim(params, tensors, dim),
         head_dim=params.count("head_dim", dim // max(n_heads, 1)),
@@ -117,7 +142,6 @@ def _config(
         rope_theta=theta,
         rope_scaling=scaling,
         rope_numbers=numbers,
-        tied=small and "output.weight" not in tensors,  # Llama 3.2 1B and 3B
         bos_id=tokenizer.bos_id,
         eos_ids=tokenizer.eos_ids,
     )
@@ -154,36 +178,49 @@ def _hidden_dim(params: Settings, tensors: dict[str, Tensor], dim: int) -> int:
     return found
 
 
-def _rope(params: Settings, notes: list[str]) -> tuple[Rope, tuple[float, ...]]:
+def _rope(params: Settings, options: Options, notes: list[str]) -> tuple[Rope, tuple[float, ...]]:
     if not params.flag("use_scaled_rope", False):
         return Rope.PLAIN, ()
     if params.has("rope_scaling_factor"):
         factor = params.real("rope_scaling_factor")
     else:
         shape = (params.count("dim"), params.count("n_layers"))
-        factor = 32.0 if shape in ((2048, 16), (3072, 28)) else 8.0  # 3.2's 1B and 3B
-        notes.append(f"rope scaling factor {factor:g}: inferred from the shape")
+        chosen = options.rope_scaling is not None
+        if shape not in FACTORS and not chosen:
+            raise LlamaError(
+                f"{params.path}: use_scaled_rope is true, but which factor goes with dim "
+                f"{shape[0]} and {shape[1]} layers cannot be told: say --rope-scaling llama3:8 "
+                "(as Llama 3.1 and 3.3) or llama3:32 (as 3.2)"
+            )
+        factor = FACTORS.get(shape, 0.0)  # 0: another takes its place
+        if not chosen:
+            notes.append(
+                f"rope scaling llama3 x{factor:g}: inferred from the shape "
+                "(--rope-scaling sets another)"
+            )
     return Rope.LLAMA3, (factor, 1.0, params.real("high_freq_factor", 4.0), 8192.0)
 
 
 def _max_seq_len(
     params: Settings, theta: float, scaling: Rope, options: Options, notes: list[str]
 ) -> int:
-    if options.max_seq_len is not None:
-        return options.max_seq_len
     if params.has("max_seq_len"):
         return params.count("max_seq_len")
     name = params.path.resolve().parent.name
+    small_eps = params.real("norm_eps") < 5e-6
     first = re.fullmatch(r"(?i)(llama-?1?-)?(7|13|30|33|65)b", name)
+    dim, n_heads = params.count("dim", 0), params.count("n_heads", 0)
+    large = dim == 6656 or (dim == 8192 and params.count("n_kv_heads", n_heads) == n_heads)
     if scaling == Rope.LLAMA3:
         length = 131072
     elif theta >= 1e6:
         length = 16384  # Code Llama
     elif theta > 1e5:
         length = 8192  # Llama 3
-    elif first or (params.real("norm_eps") < 5e-6 and not re.search(r"(?i)llama-?2", name)):
-        length = 2048  # Llama 1
+    elif large or first or (small_eps and not re.search(r"(?i)llama-?2", name)):
+        length = 2048  # Llama 1: its 33B and 65B have shapes of their own
     else:
         length = 4096
-    notes.append(f"context {length}: inferred (--max-seq-len sets another)")
+    own = options.max_seq_len is None
+    notes.append(f"context {length}: inferred" + " (--max-seq-len sets another)" * own)
     return length

@@ -3,7 +3,7 @@
 Such a file is a zip of raw storages and one pickle that says how tensors lie in them. A pickle is
 a program; this reader lets it say little. First its opcodes are listed and held against those
 that torch.save writes (pickle's own loader allocates whatever a memo index asks for). Then it
-runs in an unpickler that knows six names, each a sealed stand-in of ours: nothing of Python or
+runs in an unpickler that knows a few names, each a sealed stand-in of ours: nothing of Python or
 torch can be reached, called or changed. Weights stay in the map until they are asked for.
 """
 
@@ -41,6 +41,8 @@ STORAGES: dict[str, tuple[int, Kind | None]] = {
     "ShortStorage": (2, None), "CharStorage": (1, None), "ByteStorage": (1, None),
     "BoolStorage": (1, None),
 }  # fmt: skip
+# Dtypes that have no storage of their own: their tensors are known, so that they can be named.
+UNTYPED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class _Reader(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _Function(archive.tensor),
             ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *rest: data),
             ("torch", "Size"): _Function(tuple),
-            **{("torch", name): _Sealed(name) for name in STORAGES},
+            ("torch._utils", "_rebuild_tensor_v3"): _Function(archive.untyped),
+            ("torch.storage", "UntypedStorage"): _Sealed("ByteStorage"),
+            **{("torch", name): _Sealed(name) for name in (*STORAGES, *UNTYPED)},
         }
         self.archive = archive
 
@@ -166,6 +170,8 @@ class _Archive:
         """A persistent id of the pickle -> the flat storage that it names."""
         if tag != "storage" or not isinstance(kind, _Sealed) or not isinstance(key, str):
             raise pickle.UnpicklingError("it names a storage in no known way")
+        if kind.value not in STORAGES:
+            raise pickle.UnpicklingError(f"{kind.value} is no storage")
         item, float_kind = STORAGES[kind.value]
         offset, size = self.place(f"data/{key}")
         if not isinstance(numel, int) or not 0 <= numel * item <= size:
@@ -199,6 +205,17 @@ class _Archive:
             return _Sealed(Strided(storage, start, shape, strides))
         offset = storage.offset + start * STORED[storage.kind].itemsize
         return _Sealed(Plain(storage.file, offset, storage.kind, shape, storage.name))
+
+    def untyped(
+        self, storage: _Sealed, start: int, shape: tuple[int, ...], strides: tuple[int, ...],
+        requires_grad: object, hooks: object, dtype: _Sealed, metadata: object = None,
+    ) -> _Sealed:  # fmt: skip
+        """Stands for torch._utils._rebuild_tensor_v3, which builds tensors of newer dtypes."""
+        if not isinstance(dtype, _Sealed) or dtype.value not in UNTYPED:
+            raise pickle.UnpicklingError("a tensor has an unknown dtype")
+        if any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape) or len(shape) > 8:
+            raise pickle.UnpicklingError("a tensor has impossible numbers")
+        return _Sealed(Unreadable(dtype.value, tuple(shape), "a tensor"))
 
 
 def _check_opcodes(data: bytes) -> None:
