@@ -21,7 +21,6 @@ from fake_engine import FakeEngine, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import checkpoints
 from llama.config import Rope
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
@@ -361,16 +360,3 @@ def test_the_programs(tiny: Path) -> None:
     assert far.returncode == 0 and far.stderr.startswith(note) and "Warning" not in far.stderr
     said = program("chat.py", "--bin", tiny, "--max-seq-len=5000", "--max_tokens=2", stdin="Hi\n")
     assert note in said.stderr
-
-
-def test_export_says_it_too(tmp_path: Path) -> None:
-    shape = small_models.config()
-    small_models.write_hf(tmp_path / "hf", shape, small_models.weights(shape))
-    lines: list[str] = []
-    options = checkpoints.Options(max_seq_len=33)
-    checkpoints.export(tmp_path / "hf", tmp_path / "a.bin", options=options, say=lines.append)
-    assert any("beyond 32 were never trained" in line for line in lines)
-    lines.clear()
-    options = checkpoints.Options(max_seq_len=31)
-    checkpoints.export(tmp_path / "hf", tmp_path / "b.bin", options=options, say=lines.append)
-    assert not any("trained" in line for line in lines)
