@@ -15,7 +15,7 @@ struct encoding {
     size_t first;              // row
     uint8_t *out;
     size_t strip_bytes;
-    void (*fit_q4)(const float *values, const float *importance, float *scale, float *shift);
+    const struct kernels *kernels;
     llama_loss *losses;        // (strips)
     atomic_size_t bad;         // 1 + the index of a weight that the kind cannot hold; 0: none
     atomic_int out_of_memory;
@@ -36,15 +36,24 @@ static void loss_add(llama_loss *loss, const struct block_values *v, size_t widt
         }
 }
 
-/* One block of q4; the columns from N on are not there. */
-static void encode_q4(const struct encoding *e, const float *values, size_t n, void *block) {
+/* One block; the columns from N on are not there. The search goes by the fastest kernels. */
+static void encode_block(const struct encoding *e, const float *values, size_t n, void *block) {
     float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
+    if (e->kind->columns == 1) {
+        e->kind->encode(values, block);
+        return;
+    }
     for (size_t c = 0; c < GROUP; c++) {
         importance[c] = c < n;
         for (size_t r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
     }
-    e->fit_q4(turned, importance, scale, shift);
-    q4_pack(turned, scale, shift, block);
+    if (e->kind == kind_find(LLAMA_Q8)) {
+        e->kernels->fit_q8(turned, scale);
+        q8_pack(turned, scale, block);
+    } else {
+        e->kernels->fit_q4(turned, importance, scale, shift);
+        q4_pack(turned, scale, shift, block);
+    }
 }
 
 /* Blocks of the two kinds may differ in width, so a strip is decoded whole, row by row into
@@ -68,8 +77,7 @@ static void encode_strip(struct encoding *e, size_t strip, float *rows, struct b
         memset(v->before, 0, sizeof v->before);
         for (size_t r = 0; r < n_rows; r++)
             memcpy(v->before + r * width, rows + r * columns + c, n * sizeof *rows);
-        if (e->fit_q4) encode_q4(e, v->before, n, out);
-        else e->kind->encode(v->before, out);
+        encode_block(e, v->before, n, out);
         kind_decode(e->kind, out, v->after);
         loss_add(&e->losses[strip], v, width, n_rows, n);
     }
@@ -104,7 +112,7 @@ int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struc
     struct encoding e = {
         .tensor = tensor, .kind = kind, .first = first, .out = out,
         .strip_bytes = kind_strip_bytes(kind, tensor->is.shape[1]),
-        .fit_q4 = kind == kind_find(LLAMA_Q4) ? kernels_find(NULL)->fit_q4 : NULL,
+        .kernels = kernels_find(NULL),
         .losses = calloc(strips + 1, sizeof *e.losses),
     };
     if (!e.losses) return fail("out of memory for quantising %s", tensor->is.name);

@@ -108,22 +108,27 @@ static void decode_row_q8(const void *block, uint32_t row, float *values) {
         values[c] = d * (float)b->q[c / 4][row][c % 4];
 }
 
-/* The codes are computed with the scale as it is stored, so rounding the scale costs nothing
- * but the clamp of the largest weight. */
-static void encode_q8(const float *values, void *block) {
-    struct block_q8 *b = block;
-    for (int r = 0; r < TILE_ROWS; r++, values += GROUP) {
-        float largest = 0;
-        for (int c = 0; c < GROUP; c++)
-            largest = fabsf(values[c]) > largest ? fabsf(values[c]) : largest;
-        b->d[r] = f32_to_f16(largest / 127);
-        float d = f16_to_f32(b->d[r]);
+void q8_pack(const float *values, const float *scale, struct block_q8 *b) {
+    for (int r = 0; r < TILE_ROWS; r++) {
+        b->d[r] = f32_to_f16(scale[r]);
         for (int c = 0; c < GROUP; c++) {
-            float code = d > 0 ? values[c] / d : 0;
+            float code = scale[r] > 0 ? values[c * TILE_ROWS + r] / scale[r] : 0;
             code = round_even(code < -127 ? -127 : code > 127 ? 127 : code);
             b->q[c / 4][r][c % 4] = (int8_t)code;
         }
     }
+}
+
+static void turn(const float *values, float turned[GROUP * TILE_ROWS]) {
+    for (int c = 0; c < GROUP; c++)
+        for (int r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
+}
+
+static void encode_q8(const float *values, void *block) {
+    float turned[GROUP * TILE_ROWS], scale[TILE_ROWS];
+    turn(values, turned);
+    fit_q8(turned, scale);
+    q8_pack(turned, scale, block);
 }
 
 // ---- q4
@@ -157,10 +162,8 @@ void q4_pack(const float *values, const float *scale, const float *shift, struct
 
 static void encode_q4(const float *values, void *block) {
     float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
-    for (int c = 0; c < GROUP; c++) {
-        importance[c] = 1;
-        for (int r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
-    }
+    for (int c = 0; c < GROUP; c++) importance[c] = 1;
+    turn(values, turned);
     fit_q4(turned, importance, scale, shift);
     q4_pack(turned, scale, shift, block);
 }

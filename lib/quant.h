@@ -52,6 +52,9 @@ struct kind {
     void (*encode)(const float *values, void *block); // values (TILE_ROWS, columns), finite
 };
 
+/* Packs one block: values (GROUP, TILE_ROWS), column by column, scale (TILE_ROWS) as fit.h finds it
+ * with f16's precision. Each weight gets the nearest code. */
+void q8_pack(const float *values, const float *scale, struct block_q8 *block);
 /* Packs one q4 block: values (GROUP, TILE_ROWS), column by column; scale and shift (TILE_ROWS)
  * as fit.h finds them. Each weight gets the nearest level. */
 void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *block);

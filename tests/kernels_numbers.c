@@ -91,8 +91,8 @@ static void test_exp(void) {
     check(isnan(exp_f32(NAN)), "exp(NaN)");
 }
 
-/* Encodes random rows of a size; the error must stay within half a step of the codes, plus what
- * rounding the scale to f16 (normal: 2^-11 of it, subnormal: 2^-25) does to the largest weight. */
+/* Encodes random rows of a size; the error must stay within half a step of the codes, or what the
+ * search for a scale cuts off the largest weight where that serves the others. */
 static void test_encoder(uint32_t kind, float size) {
     const struct kind *k = kind_find(kind);
     float x[TILE_ROWS * GROUP], y[TILE_ROWS * GROUP];
@@ -118,7 +118,7 @@ static void test_encoder(uint32_t kind, float size) {
     }
     double relative = sqrt(error / square);
     if (kind == 3)
-        check(worst <= 0.5 / 127 + 0x1p-11 && relative <= 0.0045,
+        check(worst <= 0.012 && relative <= 0.0036,
               "q8 of size %g: off by %g, rms %g", size, worst, relative);
     else
         check(worst <= 0.17 && relative <= 0.075, "q4 of size %g: off by %g, rms %g", size, worst,
@@ -166,7 +166,7 @@ static void test_decode_row(uint32_t kind) {
     for (size_t r = 0; r < ROWS; r++) {
         kind_decode_row(k, data, COLUMNS, r, row);
         for (size_t c = 0; c < COLUMNS; c++)
-            wrong += !(fabsf(row[c] - x[r][c]) <= (kind == 0 ? 0 : kind == LLAMA_Q4 ? 0.17f : 0.005f));
+            wrong += !(fabsf(row[c] - x[r][c]) <= (kind == 0 ? 0 : kind == LLAMA_Q4 ? 0.17f : 0.012f));
     }
     check(wrong == 0, "%s: %zu elements of decoded rows wrong", k->name, wrong);
     release_all();

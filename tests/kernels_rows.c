@@ -254,7 +254,7 @@ static double fit_error(const float *x, const float *w, float scale, float shift
 }
 
 static void test_fit(float size, float middle, int scene) {
-    float x[GROUP * TILE_ROWS], w[GROUP], want[2 * TILE_ROWS], got[2 * TILE_ROWS];
+    float x[GROUP * TILE_ROWS], w[GROUP], want[2 * TILE_ROWS], got[2 * TILE_ROWS], eight[TILE_ROWS];
     char what[64];
     size_t worse = 0;
     for (size_t i = 0; i < GROUP * TILE_ROWS; i++)
@@ -264,7 +264,10 @@ static void test_fit(float size, float middle, int scene) {
     sets[n_sets - 1]->fit_q4(x, w, want, want + TILE_ROWS);
     snprintf(what, sizeof what, "fit_q4 of %g around %g, scene %d", (double)size, (double)middle,
              scene);
+    sets[n_sets - 1]->fit_q8(x, eight);
     for (size_t i = 0; i + 1 < n_sets; i++) {
+        sets[i]->fit_q8(x, got);
+        same(sets[i]->isa, "fit_q8", eight, got, TILE_ROWS);
         sets[i]->fit_q4(x, w, got, got + TILE_ROWS);
         same(sets[i]->isa, what, want, got, 2 * TILE_ROWS);
     }

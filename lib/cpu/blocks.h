@@ -155,6 +155,7 @@ static void fill_table(struct kernels *k, const char *isa) {
     k->attend_f32 = attend_f32;
     k->attend_f16 = attend_f16;
     k->to_f16 = to_f16;
+    k->fit_q8 = fit_q8;
     k->fit_q4 = fit_q4;
 }
 #endif

@@ -85,6 +85,8 @@ struct kernels {
     void (*attend_f16)(const struct attention *a);
     void (*to_f16)(uint16_t *out, const float *x, size_t n);
 
+    /* The best scale (TILE_ROWS) of a q8 block for values (GROUP, TILE_ROWS): fit.h. */
+    void (*fit_q8)(const float *values, float *scale);
     /* The best scale and shift (TILE_ROWS) of a q4 block for values (GROUP, TILE_ROWS), whose
      * columns count by importance (GROUP), 0 for a column that is not there: fit.h. */
     void (*fit_q4)(const float *values, const float *importance, float *scale, float *shift);

@@ -275,6 +275,7 @@ void kernels_scalar(struct kernels *k) {
         .attend_f32 = attend_f32,
         .attend_f16 = attend_f16,
         .to_f16 = to_f16,
+        .fit_q8 = fit_q8,
         .fit_q4 = fit_q4,
     };
 }
