@@ -44,6 +44,10 @@ def main() -> int:
         "llama3:FACTOR[,LOW,HIGH[,ORIGINAL]]; ORIGINAL is the context before scaling (default: the "
         "model's own; llama3's 1,4,8192)",
     )  # fmt: skip
+    parser.add_argument(
+        "--lora", type=Path, action="append", default=[], metavar="DIR",
+        help="a PEFT adapter's directory, merged into the weights; several are merged in order",
+    )  # fmt: skip
     args = parser.parse_args()
 
     def work() -> int:
@@ -51,7 +55,7 @@ def main() -> int:
         from llama.checkpoints import default
 
         options = checkpoints.Options(
-            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling
+            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, tuple(args.lora)
         )
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:

@@ -27,6 +27,7 @@ class Options:
     template: str | None = None  # a family's name, or "none"
     max_seq_len: int | None = None
     rope_scaling: str | None = None  # positions.parse reads it
+    lora: tuple[Path, ...] = ()  # adapters' directories, merged in this order
 
 
 @dataclass
