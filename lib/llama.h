@@ -138,7 +138,8 @@ typedef struct {
     const char *device;   // NULL or "cpu"; "cuda"
     const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
     int threads;          // 0: one for each core this process may use
-    int kv_kind;          // LLAMA_F32, or LLAMA_F16, which holds keys and values up to 65,504;
+    int kv_kind;          // LLAMA_F32; LLAMA_F16, which holds keys and values up to 65,504; or
+                          // LLAMA_Q8: int8 codes, an f32 scale for each position, head and layer;
                           // -1: f32 for an f32 file, f16 otherwise
     int activations;      // bits of what meets quantised weights: 8, or 16 in two passes; 0: 16
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More

@@ -26,7 +26,7 @@ struct cpu {
     uint32_t rope_length;   // this length
 
     size_t key_bytes;       // one layer's keys in a page; its values take as much
-    size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim)
+    size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim), scales with q8
 
     // scratch, `rows` rows each; strides are padded to whole strips
     size_t rows, dim, heads, kv_heads, hidden, outputs; // strides
@@ -110,12 +110,17 @@ static void rope_range(void *context, size_t first, size_t last) {
     const struct cpu *c = p->cpu;
     const llama_config *f = &c->model->config;
     const size_t d = f->head_dim;
-    const float scale = 1.0f / sqrtf((float)d);
+    const size_t turned = c->kv_kind == LLAMA_Q8 ? d & -d : 1; // what hadamard makes of a product
+    const float scale = 1.0f / sqrtf((float)d) / (float)turned;
     for (size_t i = first; i < last; i++) {
         const float *cos = c->cos + i * (d / 2), *sin = c->sin + i * (d / 2);
         float *q = c->q + i * c->heads, *k = c->k + i * c->kv_heads;
         for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->rope(k + h * d, cos, sin, d);
         for (size_t h = 0; h < f->n_heads; h++) c->kernels->rope(q + h * d, cos, sin, d);
+        if (c->kv_kind == LLAMA_Q8) {
+            for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->hadamard(k + h * d, d);
+            for (size_t h = 0; h < f->n_heads; h++) c->kernels->hadamard(q + h * d, d);
+        }
         for (size_t j = 0; j < f->n_heads * d; j++) q[j] *= scale; // softmax(q k / sqrt(d))
     }
 }
@@ -123,7 +128,8 @@ static void rope_range(void *context, size_t first, size_t last) {
 static void rope(struct part *p) { pool_run(p->cpu->pool, p->n, 4, rope_range, p); }
 
 /* Where a page keeps a kv head's keys of a layer, (PAGE_POSITIONS / 16, head_dim, 16), and its
- * values, (PAGE_POSITIONS, head_dim), which lie key_bytes further on. */
+ * values, (PAGE_POSITIONS, head_dim), which lie key_bytes further on; in q8 each with its scales,
+ * (PAGE_POSITIONS), behind. */
 static size_t key_offset(const struct cpu *c, uint32_t layer, size_t kv_head) {
     return 2 * layer * c->key_bytes + kv_head * (c->key_bytes / c->model->config.n_kv_heads);
 }
@@ -136,6 +142,11 @@ static void store_head(const struct cpu *c, const float *k, const float *v, uint
         float *to = (float *)(void *)keys + tile;
         for (size_t i = 0; i < d; i++) to[i * TILE_ROWS] = k[i];
         memcpy(values + slot * d * 4, v, d * 4);
+    } else if (c->kv_kind == LLAMA_Q8) {
+        float *k_scales = (float *)(void *)(keys + PAGE_POSITIONS * d);
+        float *v_scales = (float *)(void *)(values + PAGE_POSITIONS * d);
+        c->kernels->to_q8((int8_t *)keys + tile, TILE_ROWS, k_scales + slot, k, d);
+        c->kernels->to_q8((int8_t *)values + slot * d, 1, v_scales + slot, v, d);
     } else {
         uint16_t *to = (uint16_t *)(void *)keys + tile, half[64];
         for (size_t i = 0; i < d; i++) {
@@ -181,6 +192,7 @@ static void attend_range(void *context, size_t first, size_t last) {
             .n_positions = (size_t)p->positions[i] + 1,
         };
         if (c->kv_kind == LLAMA_F32) c->kernels->attend_f32(&a);
+        else if (c->kv_kind == LLAMA_Q8) c->kernels->attend_q8(&a);
         else c->kernels->attend_f16(&a);
     }
 }
@@ -243,7 +255,8 @@ static size_t gather(const struct part *p, float *to, size_t stride) {
 
 /* N rows, STRIDE apart, of WIDTH numbers; returns past the last one written. */
 static float *put(float *out, const float *rows, size_t n, size_t stride, size_t width) {
-    for (size_t i = 0; i < n; i++, out += width) memcpy(out, rows + i * stride, width * sizeof *out);
+    for (size_t i = 0; i < n; i++, out += width)
+        memcpy(out, rows + i * stride, width * sizeof *out);
     return out;
 }
 
@@ -398,8 +411,9 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     c->kv_kind = options->kv_kind >= 0      ? (uint32_t)options->kv_kind
                  : f->kind == LLAMA_F32     ? LLAMA_F32
                                             : LLAMA_F16;
-    c->key_bytes = (size_t)f->n_kv_heads * PAGE_POSITIONS * f->head_dim *
-                   (c->kv_kind == LLAMA_F32 ? 4 : 2);
+    const size_t d = f->head_dim; // a position of a head takes
+    c->key_bytes = (size_t)f->n_kv_heads * PAGE_POSITIONS *
+                   (c->kv_kind == LLAMA_F32 ? 4 * d : c->kv_kind == LLAMA_Q8 ? d + 4 : 2 * d);
     c->page_bytes = 2 * f->n_layers * c->key_bytes;
     c->frequencies = malloc(f->head_dim / 2 * sizeof(float));
     if (!c->frequencies) fail("out of memory for a session");
