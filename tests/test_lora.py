@@ -450,7 +450,7 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
         with pytest.raises(LlamaError, match=message):
             load(source, Options(lora=(path,)))
 
-    refused(tmp_path / "none", "expected a PEFT adapter's directory, found no directory")
+    refused(tmp_path / "none", "expected a PEFT adapter's directory, found none")
     refused(source, "expected a PEFT adapter's directory, found no adapter_config.json in it")
     folder = write(tmp_path / "adapter", pairs(weights, ENDS))
     refused(folder / "adapter_model.safetensors", "expected a PEFT adapter's directory, found no")
@@ -480,4 +480,4 @@ def test_the_script(tmp_path: Path) -> None:
     twice = merged(merged(weights, pairs(weights, ENDS), 2.0), pairs(weights, ENDS), 2.0)
     assert_same(read(tmp_path / "a.bin"), known(tmp_path / "known", twice))
     status, out, err = run("--force", "--lora", str(tmp_path / "nothing"))
-    assert (status, out, err.count("\n")) == (1, "", 1) and "found no directory" in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and "found none" in err

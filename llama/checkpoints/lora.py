@@ -57,7 +57,7 @@ def merge(checkpoint: Checkpoint, path: Path) -> None:
     if not (path / "adapter_config.json").is_file():
         raise LlamaError(
             f"{path}: expected a PEFT adapter's directory, found "
-            f"{'no adapter_config.json in it' if path.is_dir() else 'no directory'}"
+            f"{'no adapter_config.json in it' if path.is_dir() else 'none'}"
         )
     config = LoraConfig.read(Settings.read(path / "adapter_config.json"))
     files = [path / name for name in FILES if (path / name).is_file()]
