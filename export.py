@@ -49,6 +49,10 @@ def main() -> int:
         help="whether the model was trained to infill (default: inferred from its vocabulary, "
         "name and shape)",
     )  # fmt: skip
+    parser.add_argument(
+        "--lora", type=Path, action="append", default=[], metavar="DIR",
+        help="a PEFT adapter's directory, merged into the weights; several are merged in order",
+    )  # fmt: skip
     args = parser.parse_args()
 
     def work() -> int:
@@ -57,7 +61,8 @@ def main() -> int:
 
         infill = None if args.infill is None else args.infill == "yes"
         options = checkpoints.Options(
-            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, infill
+            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, infill,
+            tuple(args.lora),
         )
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:

@@ -172,8 +172,9 @@ static int options_check(const llama_session_options *o, const struct backend **
     const char *device = o->device ? o->device : "cpu";
     *backend = !strcmp(device, "cpu") ? &backend_cpu : !strcmp(device, "cuda") ? &backend_cuda : 0;
     if (!*backend) return fail("device \"%s\", expected cpu or cuda", device);
-    if (o->kv_kind != -1 && o->kv_kind != LLAMA_F32 && o->kv_kind != LLAMA_F16)
-        return fail("KV cache kind %d, expected f32 or f16", o->kv_kind);
+    if (o->kv_kind != -1 && o->kv_kind != LLAMA_F32 && o->kv_kind != LLAMA_F16 &&
+        o->kv_kind != LLAMA_Q8)
+        return fail("KV cache kind %d, expected f32, f16 or q8", o->kv_kind);
     if (o->activations != 0 && o->activations != 8 && o->activations != 16)
         return fail("activations is %d, expected 8 or 16", o->activations);
     if (o->max_seq_len > 1 << 24)

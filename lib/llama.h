@@ -142,7 +142,8 @@ typedef struct {
     const char *device;   // NULL or "cpu"; "cuda"
     const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
     int threads;          // 0: one for each core this process may use
-    int kv_kind;          // LLAMA_F32, or LLAMA_F16, which holds keys and values up to 65,504;
+    int kv_kind;          // LLAMA_F32; LLAMA_F16, which holds keys and values up to 65,504; or
+                          // LLAMA_Q8: int8 codes, an f32 scale for each position, head and layer;
                           // -1: f32 for an f32 file, f16 otherwise
     int activations;      // bits of what meets quantised weights: 8, or 16 in two passes; 0: 16
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
@@ -213,14 +214,15 @@ int llama_fork(llama_session *session, int32_t from, int32_t to, uint32_t length
 /* Drops positions [first, first + count) and moves those that follow COUNT positions down, their
  * keys turned back by as much, so that positions go on without a gap (arXiv:2309.17453). What
  * stays still holds what it learned from the dropped tokens: it is no fresh run of its own. With
- * an f16 cache each slide rounds the moved keys once more. Sequences that share pages with this
+ * an f16 or q8 cache each slide rounds the moved keys once more. Sequences that share pages with this
  * one are not touched. Not under LLAMA_ROPE_DYNAMIC in a session longer than the model's original
  * length: keys there were turned by bases of their own. A failure changes nothing. */
 int llama_slide(llama_session *session, int32_t sequence, uint32_t first, uint32_t count);
 
 /* The keys and values of positions [first, first + n), in a layout that no device has for its
  * own: (n, n_layers, 2, n_kv_heads, head_dim) numbers of the session's KV kind, a layer's keys,
- * as they were stored (turned by their position), before its values. N_BYTES is exactly
+ * as they were stored (turned by their position), before its values; in q8 a head's codes, of
+ * Hadamard-turned keys, and behind them their scale, f32. N_BYTES is exactly
  * n * kv_bytes_per_position. llama_write_kv adds them at FIRST, the sequence's length: the
  * sequence is then as if it had computed those tokens. */
 int llama_read_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n, void *kv,

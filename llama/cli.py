@@ -123,7 +123,11 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--max-seq-len", type=int, metavar="N", help="context length (default: the model's own)"
     )
-    group.add_argument("--kv", metavar="KIND", help="how to keep keys and values: f32 or f16")
+    group.add_argument(
+        "--kv", metavar="KIND",
+        help="how to keep keys and values: f32, f16, or q8: half of f16's memory, less exact "
+        "(default: f16, for an f32 file f32)",
+    )  # fmt: skip
     group.add_argument(
         "--activations", type=int, metavar="BITS",
         help="what meets quantised weights: 16 bits (default), or 8: faster prompts, less exact",

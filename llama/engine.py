@@ -291,8 +291,8 @@ class Engine:
         activations: int | None = None,
         isa: str | None = None,
     ) -> None:
-        if kv not in (None, "f32", "f16"):
-            raise LlamaError(f"kv is {kv!r}, expected 'f32' or 'f16'")
+        if kv not in (None, "f32", "f16", "q8"):
+            raise LlamaError(f"kv is {kv!r}, expected 'f32', 'f16' or 'q8'")
         if activations not in (None, 8, 16):
             raise LlamaError(f"activations is {activations!r}, expected 8 or 16")
         if max_seq_len is not None and not 1 <= max_seq_len <= 1 << 24:

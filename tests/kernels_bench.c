@@ -178,39 +178,46 @@ struct row_job {
     int32_t sum[ROW / 32];
 };
 
+static const size_t value_bytes[11] = {4 * HEAD_DIM, 2 * HEAD_DIM, HEAD_DIM + 4}; // a position's
+
 static void run_row(void *context, size_t part, size_t parts) {
     struct row_job *j = context;
     const struct kernels *k = j->k;
     struct attention a = {j->q,     j->out, (size_t)j->n_queries,
                           HEAD_DIM, j->pages,
-                          0,        PAGE_POSITIONS * HEAD_DIM * (j->entry == 0 ? 4 : 2), POSITIONS};
+                          0,        PAGE_POSITIONS * value_bytes[j->entry], POSITIONS};
     (void)part, (void)parts;
     for (int i = 0; i < 20; i++)
         switch (j->entry) {
         case 0: k->attend_f32(&a); break;
         case 1: k->attend_f16(&a); break;
-        case 2: k->quantize_row(j->x, ROW, j->codes, j->y, j->sum); break;
-        case 3: k->rms_norm(j->out, j->x, j->y, 8 * HEAD_DIM, 1e-5f); break;
-        case 4: k->rope(j->out, j->x, j->y, HEAD_DIM); break;
-        case 5: k->swiglu(j->y, j->x, ROW); break;
-        case 6: k->add(j->y, j->x, ROW); break;
-        case 7: k->to_f16((uint16_t *)j->out, j->x, HEAD_DIM); break;
+        case 2: k->attend_q8(&a); break;
+        case 3: k->quantize_row(j->x, ROW, j->codes, j->y, j->sum); break;
+        case 4: k->rms_norm(j->out, j->x, j->y, 8 * HEAD_DIM, 1e-5f); break;
+        case 5: k->rope(j->out, j->x, j->y, HEAD_DIM); break;
+        case 6: k->swiglu(j->y, j->x, ROW); break;
+        case 7: k->add(j->y, j->x, ROW); break;
+        case 8: k->to_f16((uint16_t *)j->out, j->x, HEAD_DIM); break;
+        case 9: k->to_q8(j->codes, 1, j->y, j->x, HEAD_DIM); break;
+        case 10: k->hadamard(j->out, HEAD_DIM); break;
         }
 }
 
 static void bench_rows(const struct kernels *k) {
-    static const char *const names[] = {"attend_f32", "attend_f16", "quantize_row", "rms_norm",
-                                        "rope",       "swiglu",     "add",          "to_f16"};
-    static const int elements[] = {0, 0, ROW, 8 * HEAD_DIM, HEAD_DIM, ROW, ROW, HEAD_DIM};
+    static const char *const names[] = {"attend_f32", "attend_f16", "attend_q8", "quantize_row",
+                                        "rms_norm",   "rope",       "swiglu",    "add",
+                                        "to_f16",     "to_q8",      "hadamard"};
+    static const int elements[] = {0,   0,   0,        ROW,      8 * HEAD_DIM, HEAD_DIM,
+                                   ROW, ROW, HEAD_DIM, HEAD_DIM, HEAD_DIM};
     static struct row_job job;
     job.k = k;
     for (int i = 0; i < POSITIONS / PAGE_POSITIONS; i++)
         job.pages[i] = weights + (size_t)i * PAGE_POSITIONS * HEAD_DIM * 8;
     fill(job.q, 8 * HEAD_DIM, 0.1f);
     fill(job.x, ROW, 1);
-    for (job.entry = 0; job.entry < 8; job.entry++) {
+    for (job.entry = 0; job.entry < 11; job.entry++) {
         printf("%-12s %-12s", k->isa, names[job.entry]);
-        if (job.entry > 1) {
+        if (job.entry > 2) {
             fill(job.y, ROW, 1);
             printf(" %.3f ns an element\n", seconds_of(run_row, &job, 1) * 1e9 / 20
                                                 / elements[job.entry]);
@@ -219,7 +226,7 @@ static void bench_rows(const struct kernels *k) {
         for (job.n_queries = 1; job.n_queries <= 8; job.n_queries *= 2) {
             double time = seconds_of(run_row, &job, 1) / 20;
             printf("  %d queries %.1f GB/s %.1f GMAC/s;", job.n_queries,
-                   POSITIONS * HEAD_DIM * (job.entry ? 4 : 8) / time * 1e-9,
+                   2.0 * POSITIONS * (double)value_bytes[job.entry] / time * 1e-9,
                    2.0 * POSITIONS * HEAD_DIM * job.n_queries / time * 1e-9);
         }
         printf("\n");

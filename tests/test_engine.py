@@ -64,7 +64,7 @@ def says(message: str) -> Any:
         ({"device": "CPU"}, "expected cpu or cuda"),
         ({"isa": "sse9"}, 'isa "sse9" is not among the kernels'),
         ({"isa": "Scalar"}, 'isa "Scalar" is not among'),
-        ({"kv": "q8"}, "kv is 'q8', expected 'f32' or 'f16'"),
+        ({"kv": "q4"}, "kv is 'q4', expected 'f32', 'f16' or 'q8'"),
         ({"kv": ""}, "kv is '', expected"),
         ({"activations": 4}, "activations is 4, expected 8 or 16"),
         ({"activations": 0}, "activations is 0, expected 8 or 16"),
@@ -422,12 +422,12 @@ def test_errors_are_each_threads_own(path: Path) -> None:
 # --- what it holds
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 def test_pages_are_taken_on_demand_and_used_again(path: Path, kv: str) -> None:
     with Engine(path, kv=kv, max_seq_len=2**20) as engine:
         info = engine.info()
-        width = 4 if kv == "f32" else 2
-        per_position = 2 * SHAPE.n_layers * SHAPE.n_kv_heads * SHAPE.head_dim * width
+        head = {"f32": 4 * SHAPE.head_dim, "f16": 2 * SHAPE.head_dim, "q8": SHAPE.head_dim + 4}[kv]
+        per_position = 2 * SHAPE.n_layers * SHAPE.n_kv_heads * head
         assert info.kv_bytes_per_position == per_position and info.page_positions == PAGE
         assert info.kv_bytes == 0  # nothing is reserved for a context of a million
         page = per_position * PAGE

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,15 +30,16 @@ SHAPE = small_models.config(
     max_seq_len=1400,
 )  # fmt: skip
 PAGE = 32
-KINDS = [(kind, 16) for kind in Kind] + [(Kind.Q8, 8), (Kind.Q4, 8)]  # and activations' bits
+# And activations' bits, and how keys and values are kept.
+KINDS = [(kind, 16, None) for kind in Kind] + [(Kind.Q8, 8, None), (Kind.Q4, 8, "q8")]
 slow = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Alone:
     """What the logits of a list of tokens are."""
 
-    def __init__(self, path: Path, activations: int) -> None:
-        self.engine = Engine(path, threads=1, activations=activations)
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.engine = Engine(path, threads=1, **options)
         self.known: dict[tuple[int, ...], F32] = {}
 
     def __call__(self, tokens: list[int]) -> F32:
@@ -54,19 +56,19 @@ class Alone:
 class Bench:
     """A model of one kind: its file, what is right, and an engine under test."""
 
-    def __init__(self, path: Path, activations: int) -> None:
-        self.path, self.activations = path, activations
-        self.alone = Alone(path, activations)
-        self.engine = Engine(path, threads=2, activations=activations)
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.path, self.options = path, options
+        self.alone = Alone(path, **options)
+        self.engine = Engine(path, threads=2, **options)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda p: f"{p[0].label}-{p[1]}")
+@pytest.fixture(scope="module", params=KINDS, ids=lambda p: f"{p[0].label}-{p[1]}-{p[2]}")
 def bench(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Bench]:
-    kind, activations = request.param
+    kind, activations, kv = request.param
     path = small_models.of_kind(tmp_path_factory.mktemp("same"), SHAPE, kind)
-    made = Bench(path, activations)
+    made = Bench(path, activations=activations, kv=kv)
     yield made
     made.engine.close()
     made.alone.engine.close()
@@ -95,7 +97,7 @@ def clear(engine: Engine) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(bench: Bench, threads: int) -> None:
     tokens = tokens_of(0, 90)
-    with Engine(bench.path, threads=threads, activations=bench.activations) as engine:
+    with Engine(bench.path, threads=threads, **bench.options) as engine:
         assert engine.info().threads == threads
         assert np.array_equal(feed(engine, 3, tokens), bench.alone(tokens))
         for i, token in enumerate(tokens):

@@ -84,7 +84,7 @@ def test_slides_are_model_pys(tmp_path: Path, rope: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for kv, judge, bound in (
         ("f32", Transformer(path), 1e-5), ("f16", Half(path), 1e-3),
-        ("f16", Transformer(path), 5e-3),
+        ("f16", Transformer(path), 5e-3), ("q8", Transformer(path), 1e-1),
     ):  # fmt: skip
         cache = Cache(shape.n_layers)
         with Engine(path, kv=kv) as engine:
@@ -140,7 +140,7 @@ def replayed(path: Path, kv: str, history: list[Any]) -> tuple[F32, bytes]:
         return got[-1], bytes(engine.read_kv(0, 0, engine.length(0)))
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("seed", range(6))
 def test_in_any_company_on_any_isa(tmp_path: Path, seed: int, kv: str) -> None:
     """Sequences that are fed, forked, trimmed and slid share pages, and none hurts another; bits
@@ -272,7 +272,7 @@ def test_no_memory_for_a_page_leaves_the_sequence(tmp_path: Path) -> None:
 # --- the plain layout
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 def test_the_plain_layout_is_what_model_py_holds(tmp_path: Path, kv: str) -> None:
     shape = shape_of("yarn", 3)
     path = small_models.write_bin(tmp_path / "model.bin", shape, 3)

@@ -16,9 +16,13 @@
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
 #include "blocks.h"
 
-/* Elements i to i + 7 of an array of floats of a kind. */
+/* Elements i to i + 7 of an array of floats of a kind, or of int8 codes. */
 INLINE __m256 load8(const void *p, size_t i, enum store kind) {
     if (kind == F32) return _mm256_loadu_ps((const float *)p + i);
+    if (kind == Q8) {
+        __m128i codes = _mm_loadl_epi64((const void *)((const int8_t *)p + i));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    }
     __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)p + i));
     if (kind == F16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -27,7 +31,7 @@ INLINE __m256 load8(const void *p, size_t i, enum store kind) {
 /* The same where only N elements are left: zero in the other lanes. */
 INLINE __m256 load_some(const void *p, size_t i, enum store kind, size_t n) {
     uint32_t rest[8] = {0};
-    size_t size = kind == F32 ? 4 : 2;
+    size_t size = kind == F32 ? 4 : kind == Q8 ? 1 : 2;
     if (n >= 8) return load8(p, i, kind);
     memcpy(rest, (const uint8_t *)p + i * size, n * size);
     return load8(rest, 0, kind);
@@ -350,13 +354,18 @@ INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, 
                 s[2 * h + 1] = _mm256_fmadd_ps(value, high, s[2 * h + 1]);
             }
         }
-        UNROLL for (int i = 0; i < Q * 2; i++)
+        UNROLL for (int i = 0; i < Q * 2; i++) {
+            if (kind == Q8)
+                s[i] = _mm256_mul_ps(s[i], load8(scales_of(k, head_dim), j + i % 2 * 8, F32));
             _mm256_storeu_ps(state->w[i / 2] + j + i % 2 * 8, s[i]);
+        }
     }
 }
 
-/* Turns the scores of query H on a page's first N positions into weights, zero beyond. */
-INLINE void weigh_page(struct softmax *state, int h, size_t n) {
+/* Turns the scores of query H on a page's first N positions into weights, zero beyond; in q8
+ * times the scales of the values V. */
+INLINE void weigh_page(struct softmax *state, int h, size_t n, const uint8_t *v, size_t head_dim,
+                       enum store kind) {
     const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
     float before = state->m[h];
     __m256 most = broadcast(before), valid[HALVES];
@@ -374,6 +383,7 @@ INLINE void weigh_page(struct softmax *state, int h, size_t n) {
         __m256 w = exp8(_mm256_sub_ps(_mm256_loadu_ps(state->w[h] + 8 * i), m));
         w = _mm256_and_ps(w, valid[i]);
         state->lanes[h][i % 2] = _mm256_add_ps(state->lanes[h][i % 2], w);
+        if (kind == Q8) w = _mm256_mul_ps(w, load8(scales_of(v, head_dim), 8 * i, F32));
         _mm256_storeu_ps(state->w[h] + 8 * i, w);
     }
 }
@@ -417,7 +427,7 @@ INLINE void attend_queries(const struct attention *a, size_t query, enum store k
         n = n < PAGE_POSITIONS ? n : PAGE_POSITIONS;
         score_page(&state, q, page + a->k_offset, head_dim, kind, Q);
         for (int h = 0; h < Q; h++)
-            weigh_page(&state, h, n);
+            weigh_page(&state, h, n, v, head_dim, kind);
         for (; head_dim - i >= 16; i += 16)
             add_values(&state, out, v, i, n, head_dim, 8, kind, Q, 2);
         for (; i < head_dim; i += 8)

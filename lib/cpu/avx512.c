@@ -19,9 +19,14 @@ enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
 
 enum { ALL = 0xffff };
 
-/* Elements i to i + 15 of an array of floats of a kind: the lanes of MASK, zero in the others. */
+/* Elements i to i + 15 of an array of floats of a kind, or of int8 codes: the lanes of MASK, zero
+ * in the others. */
 INLINE __m512 load16(const void *p, size_t i, enum store kind, __mmask16 mask) {
     if (kind == F32) return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
+    if (kind == Q8) {
+        __m128i codes = _mm_maskz_loadu_epi8(mask, (const int8_t *)p + i);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    }
     __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + i);
     if (kind == F16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -267,9 +272,9 @@ struct softmax {
     float w[MOST_QUERIES][PAGE_POSITIONS];
 };
 
-/* Scores of a page's first N positions, turned into weights. */
-INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, size_t n,
-                       size_t head_dim, enum store kind, const int Q) {
+/* Scores of a page's first N positions, turned into weights; in q8 times the values' scales. */
+INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, const uint8_t *v,
+                       size_t n, size_t head_dim, enum store kind, const int Q) {
     __m512 s[MOST_QUERIES * TILES], tile[TILES];
     UNROLL for (int i = 0; i < Q * TILES; i++)
         s[i] = _mm512_setzero_ps();
@@ -282,6 +287,9 @@ INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, 
                 s[h * TILES + j] = _mm512_fmadd_ps(value, tile[j], s[h * TILES + j]);
         }
     }
+    UNROLL for (int i = 0; i < Q * TILES; i++)
+        if (kind == Q8)
+            s[i] = _mm512_mul_ps(s[i], load16(scales_of(k, head_dim), i % TILES * 16, F32, ALL));
     UNROLL for (int h = 0; h < Q; h++) {
         __m512 m = state->m[h], before = m;
         UNROLL for (int j = 0; j < TILES; j++) {
@@ -297,6 +305,7 @@ INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, 
             __m512 w = exp16(_mm512_sub_ps(s[h * TILES + j], m));
             w = _mm512_maskz_mov_ps(mask, w);
             state->lanes[h] = _mm512_add_ps(state->lanes[h], w);
+            if (kind == Q8) w = _mm512_mul_ps(w, load16(scales_of(v, head_dim), 16 * j, F32, ALL));
             _mm512_storeu_ps(state->w[h] + 16 * j, w);
         }
     }
@@ -337,7 +346,7 @@ INLINE void attend_queries(const struct attention *a, size_t query, enum store k
         const uint8_t *page = a->pages[p / PAGE_POSITIONS], *v = page + a->v_offset;
         size_t n = a->n_positions - p < PAGE_POSITIONS ? a->n_positions - p : PAGE_POSITIONS;
         size_t i = 0;
-        weigh_page(&state, q, page + a->k_offset, n, head_dim, kind, Q);
+        weigh_page(&state, q, page + a->k_offset, v, n, head_dim, kind, Q);
         for (; head_dim - i >= 64; i += 64)
             add_values(&state, out, v, i, n, head_dim, ALL, kind, Q, 4);
         for (; i < head_dim; i += 16)

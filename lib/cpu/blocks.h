@@ -119,6 +119,11 @@ static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
 
 // ---- attention
 
+/* Where a page's scales follow its codes, of keys or of values. */
+INLINE const float *scales_of(const uint8_t *codes, size_t head_dim) {
+    return (const float *)(const void *)(codes + PAGE_POSITIONS * head_dim);
+}
+
 INLINE void attend(const struct attention *a, enum store kind) {
     size_t query = 0;
     for (; a->n_queries - query >= 4; query += 4)
@@ -138,6 +143,10 @@ static void attend_f16(const struct attention *a) {
     attend(a, F16);
 }
 
+static void attend_q8(const struct attention *a) {
+    attend(a, Q8);
+}
+
 // ---- the table
 
 static void fill_table(struct kernels *k, const char *isa) {
@@ -154,6 +163,7 @@ static void fill_table(struct kernels *k, const char *isa) {
     k->add = add;
     k->attend_f32 = attend_f32;
     k->attend_f16 = attend_f16;
+    k->attend_q8 = attend_q8;
     k->to_f16 = to_f16;
     k->fit_q8 = fit_q8;
     k->fit_q4 = fit_q4;

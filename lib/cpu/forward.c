@@ -108,12 +108,17 @@ static void rope_range(void *context, size_t first, size_t last) {
     const struct cpu *c = p->cpu;
     const llama_config *f = &c->model->config;
     const size_t d = f->head_dim;
-    const float scale = 1.0f / sqrtf((float)d);
+    const size_t turned = c->kv.kind == LLAMA_Q8 ? d & -d : 1; // what hadamard makes of a product
+    const float scale = 1.0f / sqrtf((float)d) / (float)turned;
     for (size_t i = first; i < last; i++) {
         const float *cos = c->cos + i * (d / 2), *sin = c->sin + i * (d / 2);
         float *q = c->q + i * c->heads, *k = c->k + i * c->kv_heads;
         for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->rope(k + h * d, cos, sin, d);
         for (size_t h = 0; h < f->n_heads; h++) c->kernels->rope(q + h * d, cos, sin, d);
+        if (c->kv.kind == LLAMA_Q8) {
+            for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->hadamard(k + h * d, d);
+            for (size_t h = 0; h < f->n_heads; h++) c->kernels->hadamard(q + h * d, d);
+        }
         for (size_t j = 0; j < f->n_heads * d; j++) q[j] *= scale; // softmax(q k / sqrt(d))
     }
 }
@@ -154,6 +159,7 @@ static void attend_range(void *context, size_t first, size_t last) {
             .n_positions = (size_t)p->positions[i] + 1,
         };
         if (c->kv.kind == LLAMA_F32) c->kernels->attend_f32(&a);
+        else if (c->kv.kind == LLAMA_Q8) c->kernels->attend_q8(&a);
         else c->kernels->attend_f16(&a);
     }
 }
@@ -307,7 +313,7 @@ static void page_slide(void *device, void *const *from, void *const *to, uint32_
                        uint32_t count, uint32_t length) {
     struct cpu *c = device;
     rope_back(&c->model->config, c->frequencies, count, c->cos, c->sin);
-    kv_slide(&c->kv, c->pool, from, to, first, count, length, c->cos, c->sin);
+    kv_slide(&c->kv, c->pool, from, to, first, count, length, c->cos, c->sin, c->k);
 }
 
 static struct pages cpu_pages(void *state) {

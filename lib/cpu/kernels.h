@@ -39,7 +39,10 @@ struct matmul {
 
 /* One token's query heads that share one kv head, against one sequence's pages.
  * A page holds, at k_offset, keys (PAGE_POSITIONS / 16, head_dim, 16): dimension-major inside a
- * tile of 16 positions; and at v_offset, values (PAGE_POSITIONS, head_dim).
+ * tile of 16 positions; and at v_offset, values (PAGE_POSITIONS, head_dim). In q8 either are int8
+ * codes with their positions' f32 scales (PAGE_POSITIONS) behind them: k[p][i] below is then the
+ * code, s[p] is multiplied by the key's scale when its sum is done, and so is w[p] by the value's
+ * before it meets v[p][i], the code; the sum of weights takes w[p] as it was.
  * Per page, in rising order: s[p] = fma(q[i], k[p][i], s[p]) in rising i from 0; m' = max(m, all
  * s of the page); scale = exp(m - m'); w[p] = exp(s[p] - m'); the weights sum "in lanes" that
  * are scaled too: lane = lane * scale, then + w[p]; out[i] = out[i] * scale, then
@@ -80,10 +83,19 @@ struct kernels {
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); // x += y
 
-    /* KV pages hold f32 or f16; x (n) -> n elements at out. */
+    /* KV pages hold f32, f16 or q8; x (n) -> n elements at out. */
     void (*attend_f32)(const struct attention *a);
     void (*attend_f16)(const struct attention *a);
+    void (*attend_q8)(const struct attention *a);
     void (*to_f16)(uint16_t *out, const float *x, size_t n);
+    /* x (n) -> a code at each out[i * step], and their scale: quantize_row's rule for one group
+     * of n. */
+    void (*to_q8)(int8_t *out, size_t step, float *scale, const float *x, size_t n);
+    /* Turns x (n) by a Hadamard matrix, in blocks of b, the largest power of two that divides n:
+     * for h = 1, 2, 4 ... b / 2 a pair (x[j], x[j + h]) becomes its sum and its difference. Keys
+     * and queries so turned have b times the product they had, and a key's largest element is
+     * nearer to the others, so that codes lose less (arXiv:2404.00456, section 4). */
+    void (*hadamard)(float *x, size_t n);
 
     /* The best scale (TILE_ROWS) of a q8 block for values (GROUP, TILE_ROWS): fit.h. */
     void (*fit_q8)(const float *values, float *scale);

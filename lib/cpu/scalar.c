@@ -58,6 +58,10 @@ static float load_f16(const void *p, size_t i) {
     return f16_to_f32(load_u16(p, i));
 }
 
+static float load_i8(const void *p, size_t i) {
+    return ((const int8_t *)p)[i];
+}
+
 static float load_bf16(const void *p, size_t i) {
     return bf16_to_f32(load_u16(p, i));
 }
@@ -154,27 +158,38 @@ static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
 
 // ---- one row at a time
 
-static void quantize_group(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
+static void to_q8(int8_t *out, size_t step, float *d, const float *x, size_t n) {
     float largest = 0;
     int finite = 1;
     for (size_t i = 0; i < n; i++) {
         largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         finite = finite && fabsf(x[i]) <= 0x1.fffffep127f;
     }
-    memset(q, 0, GROUP);
-    *sum = 0;
-    *d = !finite ? NAN : largest < 0x1p-100f ? 0 : largest / 127;
-    if (!finite || largest < 0x1p-100f) return;
-    float scale = 127 / largest;
-    for (size_t i = 0; i < n; i++) {
-        q[i] = (int8_t)(x[i] * scale + 0x1.8p23f - 0x1.8p23f); // half to even
-        *sum += q[i];
-    }
+    int zero = !finite || largest < 0x1p-100f;
+    *d = !finite ? NAN : zero ? 0 : largest / 127;
+    float scale = zero ? 0 : 127 / largest;
+    for (size_t i = 0; i < n; i++) // half to even
+        out[i * step] = zero ? 0 : (int8_t)(x[i] * scale + 0x1.8p23f - 0x1.8p23f);
 }
 
 static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
-    for (size_t i = 0, g = 0; i < n; i += GROUP, g++)
-        quantize_group(x + i, n - i < GROUP ? n - i : GROUP, q + i, d + g, sum + g);
+    for (size_t i = 0, g = 0; i < n; i += GROUP, g++) {
+        memset(q + i, 0, GROUP);
+        to_q8(q + i, 1, d + g, x + i, n - i < GROUP ? n - i : GROUP);
+        sum[g] = 0;
+        for (size_t j = 0; j < GROUP; j++)
+            sum[g] += q[i + j];
+    }
+}
+
+static void hadamard(float *x, size_t n) {
+    for (size_t h = 1; n % (2 * h) == 0; h *= 2)
+        for (size_t j = 0; j < n; j++)
+            if (!(j & h)) {
+                float a = x[j], b = x[j + h];
+                x[j] = a + b;
+                x[j + h] = a - b;
+            }
 }
 
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
@@ -211,14 +226,19 @@ static void to_f16(uint16_t *out, const float *x, size_t n) {
 
 // ---- attention
 
-/* One page for one query: folds N positions into OUT and the state (m, lanes). */
+/* One page for one query: folds N positions into OUT and the state (m, lanes). SCALED: codes,
+ * with scales behind them. */
 static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size_t n,
-                        size_t head_dim, load *element, float *m, float lanes[16], float *out) {
+                        size_t head_dim, load *element, int scaled, float *m, float lanes[16],
+                        float *out) {
+    const uint8_t *k_scales = k + PAGE_POSITIONS * head_dim;
+    const uint8_t *v_scales = v + PAGE_POSITIONS * head_dim;
     float s[PAGE_POSITIONS], before = *m;
     for (size_t p = 0; p < n; p++) {
         s[p] = 0;
         for (size_t i = 0; i < head_dim; i++) // k (PAGE_POSITIONS / 16, head_dim, 16)
             s[p] = fmaf(q[i], element(k, (p / 16 * head_dim + i) * 16 + p % 16), s[p]);
+        if (scaled) s[p] *= load_f32(k_scales, p);
     }
     for (size_t p = 0; p < n; p++)
         *m = s[p] > *m ? s[p] : *m;
@@ -230,12 +250,13 @@ static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size
     for (size_t p = 0; p < n; p++) {
         float w = exp_f32(s[p] - *m);
         lanes[p % 16] += w;
+        if (scaled) w *= load_f32(v_scales, p);
         for (size_t i = 0; i < head_dim; i++) // v (PAGE_POSITIONS, head_dim)
             out[i] = fmaf(w, element(v, p * head_dim + i), out[i]);
     }
 }
 
-static void attend(const struct attention *a, load *element) {
+static void attend(const struct attention *a, load *element, int scaled) {
     for (size_t j = 0; j < a->n_queries; j++) {
         float *out = a->out + j * a->head_dim, m = -INFINITY, lanes[16] = {0};
         memset(out, 0, a->head_dim * sizeof *out);
@@ -243,7 +264,7 @@ static void attend(const struct attention *a, load *element) {
             const uint8_t *page = a->pages[p / PAGE_POSITIONS];
             size_t n = a->n_positions - p < PAGE_POSITIONS ? a->n_positions - p : PAGE_POSITIONS;
             attend_page(a->q + j * a->head_dim, page + a->k_offset, page + a->v_offset, n,
-                        a->head_dim, element, &m, lanes, out);
+                        a->head_dim, element, scaled, &m, lanes, out);
         }
         float sum = add_lanes(lanes);
         for (size_t i = 0; i < a->head_dim; i++)
@@ -252,11 +273,15 @@ static void attend(const struct attention *a, load *element) {
 }
 
 static void attend_f32(const struct attention *a) {
-    attend(a, load_f32);
+    attend(a, load_f32, 0);
 }
 
 static void attend_f16(const struct attention *a) {
-    attend(a, load_f16);
+    attend(a, load_f16, 0);
+}
+
+static void attend_q8(const struct attention *a) {
+    attend(a, load_i8, 1);
 }
 
 void kernels_scalar(struct kernels *k) {
@@ -274,7 +299,10 @@ void kernels_scalar(struct kernels *k) {
         .add = add,
         .attend_f32 = attend_f32,
         .attend_f16 = attend_f16,
+        .attend_q8 = attend_q8,
         .to_f16 = to_f16,
+        .to_q8 = to_q8,
+        .hadamard = hadamard,
         .fit_q8 = fit_q8,
         .fit_q4 = fit_q4,
     };

@@ -1,8 +1,8 @@
 """Checkpoints of others, recognised by looking and written as one .bin: the export wing.
 
 One file a source (meta, hf, gguf, llama2c); each returns a Checkpoint whose tensors are read a
-few rows at a time. `export` is the whole of export.py; default.py is for when there is no model
-yet.
+few rows at a time. `export` is the whole of export.py; lora.py merges adapters into any of them,
+default.py is for when there is no model yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from llama.checkpoints import infill, llama2c, positions, tied
+from llama.checkpoints import infill, llama2c, lora, positions, tied
 from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
@@ -76,6 +76,11 @@ def load(
         if options.template != "none":
             checkpoint.meta["template.family"] = options.template
     tied.store_once(checkpoint, progress)
+    if options.lora:
+        checkpoint.check()
+        for adapter in options.lora:
+            lora.merge(checkpoint, adapter)
+        tied.store_once(checkpoint, progress)
     if checkpoint.tokenizer.special:
         checkpoint.meta["tokenizer.special"] = json.dumps(checkpoint.tokenizer.special)
     infill.settle(checkpoint, options.infill)

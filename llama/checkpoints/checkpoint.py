@@ -33,6 +33,7 @@ class Options:
     max_seq_len: int | None = None
     rope_scaling: str | None = None  # positions.parse reads it
     infill: bool | None = None  # None: by the vocabulary, the name and the shape
+    lora: tuple[Path, ...] = ()  # adapters' directories, merged in this order
 
 
 @dataclass
