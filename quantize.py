@@ -21,8 +21,9 @@ def main() -> int:
         help="the model to shrink (default: bin/chat-llama.bin)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="what to write (default: FILE-q8.bin, -q4.bin, -f32.bin)"
-    )
+        "--out", type=Path, metavar="FILE",
+        help="what to write (default: FILE-q8.bin, FILE-q4.bin or FILE-f32.bin)",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core)")
     args = parser.parse_args()

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from llama import likelihood
 from llama.batch import MAX_CHUNK, Batches, Counters
 from llama.completion import Job, Result
 from llama.errors import LlamaError
+from llama.likelihood import Likelihood
 from llama.reward import Judge, best_first
 from llama.sampling import SamplingParams, whole_number
 from llama.templates import ChatTemplate
@@ -282,6 +284,15 @@ class Llama:
             if not self._batches.closed:
                 self._batches.slots.give(slot)
         return out
+
+    def likelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """How likely each continuation is behind its context: (index, (logprob, greedy)) of each
+        (context ids, continuation ids) of PAIRS, as they are known. What pairs share is computed
+        once; greedy tells whether each token is the likeliest."""
+        self._batches.check_open()
+        return likelihood.each(self._batches, pairs)
 
     # --- the end
 

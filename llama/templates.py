@@ -251,6 +251,13 @@ class ChatTemplate:
         return ids
 
 
+    def text(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """The dialog as one string, its control tokens by name, for those who encode it
+        themselves: what a message says may then become a control token."""
+        parts = self._build(self._tokenizer, check_messages(messages), reply, self.style)
+        return "".join(p if isinstance(p, str) else self._tokenizer.piece(p) for p in parts)
+
+
 class JinjaTemplate:
     """A model's own template, rendered in jinja2's sandbox as transformers does.
 
