@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llama.cli import run
+from llama.cli import run, say
 from llama.errors import LlamaError
 from llama.generate import Llama
 from llama.sampling import SamplingParams
@@ -40,12 +40,24 @@ class Adapter:
         """BIN, THREADS, MAX_LENGTH (the context), ACTIVATIONS, KV and ISA as for Llama.
         ADD_BOS_TOKEN: None, whether the model has a begin token. PREFIX_TOKEN_ID: what stands
         before an empty context; None, the begin token, else the end token. The engine chooses how
-        much it computes together: BATCH_SIZE and MAX_BATCH_SIZE are the harness's habit."""
+        much it computes together: BATCH_SIZE and MAX_BATCH_SIZE are the harness's habit. DEVICE is
+        its own as well, "cuda:0" where nobody says; a library without CUDA computes on the CPU."""
         super().__init__()
-        self.llm = Llama(
-            bin, threads=threads, max_seq_len=max_length, activations=activations, kv=kv, isa=isa,
-            device=device or "cpu",
-        )  # fmt: skip
+
+        def opened(device: str) -> Llama:
+            return Llama(
+                bin, threads=threads, max_seq_len=max_length, activations=activations, kv=kv,
+                isa=isa, device=device,
+            )  # fmt: skip
+
+        if device is not None and device.startswith("cuda"):
+            try:
+                self.llm = opened("cuda")
+            except LlamaError as error:
+                self.llm = opened("cpu")
+                say(f"note: computing on the CPU: {error}")
+        else:
+            self.llm = opened(device or "cpu")
         config, tokenizer = self.llm.config, self.llm.tokenizer
         self.add_bos_token = config.bos_id is not None if add_bos_token is None else add_bos_token
         if self.add_bos_token and config.bos_id is None:

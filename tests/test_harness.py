@@ -25,6 +25,7 @@ from llama import Llama, LlamaError, SamplingParams, format
 from llama.config import Config, Rope
 from llama.format import TokenizerKind
 from llama.harness import Adapter, register
+from llama.model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Config(
@@ -187,22 +188,17 @@ def test_company_does_not_matter(path: Path) -> None:
 
 
 def test_dynamic_rope_shares_nothing(tmp_path: Path) -> None:
-    """There a text's keys depend on its length: each is as it is alone, by transformers."""
+    """There a text's keys depend on its length: each is as it is alone, by model.py."""
     shape = replace(SHAPE, rope_scaling=Rope.DYNAMIC, rope_numbers=(2.0, 12.0))
     path = small_models.write_bin(tmp_path / "m.bin", shape)
-    bin = format.read(path)
-    model = small_models.transformers_llama(shape)
-    tensors = {name: torch.tensor(tensor) for name, tensor in bin.tensors.items()}
-    model.load_state_dict(small_models.to_hf(tensors, shape))
     context = [(5 * i) % 259 for i in range(14)]
     pairs = [(context, rest) for rest in ([9], [9, 8, 7], [1, 2], [9, 8, 7, 6])]
     with Llama(path) as llm:
         found = dict(llm.likelihoods(pairs))
+    model = Transformer(path, torch.float64)
     for i, (context, rest) in enumerate(pairs):
-        model.model.rotary_emb.__init__(model.config)  # it remembers the longest text so far
-        with torch.no_grad():
-            logits = model(torch.tensor([[*context, *rest[:-1]]])).logits[0, len(context) - 1 :]
-        logp = logits.double().log_softmax(-1)[range(len(rest)), rest].sum()
+        logits = model.forward([*context, *rest[:-1]])[len(context) - 1 :]
+        logp = logits.log_softmax(-1)[range(len(rest)), rest].sum()
         assert found[i].logprob == pytest.approx(float(logp), rel=1e-5)
 
 
@@ -321,6 +317,7 @@ def theirs(path: Path, begin: str | None) -> Any:
     network = small_models.transformers_llama(bin.config)
     tensors = {name: torch.tensor(tensor) for name, tensor in bin.tensors.items()}
     network.load_state_dict(small_models.to_hf(tensors, bin.config))
+    network.generation_config.eos_token_id = 0  # LlamaConfig's own default is 2
     words = tokenizers.Tokenizer.from_str(byte_tokenizer().decode())
     if begin:
         words.post_processor = tokenizers.processors.TemplateProcessing(
@@ -362,17 +359,18 @@ def test_answers_are_those_of_its_hf_model(model: Any, tmp_path: Path, begin: st
 
 def test_the_command(model: Any, path: Path, tmp_path: Path) -> None:
     """The harness's own command line, on tasks of ours: one of each kind of request."""
-    docs = [{"q": f"{i} or {i + 1}?", "a": str(i), "b": str(i + 1), "label": i % 2}
-            for i in range(5)]  # fmt: skip
+    docs: list[dict[str, Any]] = [
+        {"q": f"{i} or {i + 1}?", "of": [str(i), str(i + 1)], "label": i % 2} for i in range(5)
+    ]
     (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
     head = f"dataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'docs.json'}}}\n" \
            "test_split: train\n"  # fmt: skip
     tasks = {
         "choices": "output_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: ['{{a}}', '{{b}}']\ndoc_to_target: label\nmetric_list: [{metric: acc}]",
+        "doc_to_choice: of\ndoc_to_target: label\nmetric_list: [{metric: acc}]",
         "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{q}}'\n"
         "metric_list: [{metric: word_perplexity}]",
-        "answers": "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "answers": "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{q}}'\n"
         "generation_kwargs: {until: ['x'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]",
     }
     for name, text in tasks.items():
@@ -391,7 +389,7 @@ def test_the_command(model: Any, path: Path, tmp_path: Path) -> None:
     with Llama(path) as llm:
         right = 0
         for doc in docs:
-            pairs = [(ids_of(doc["q"]), ids_of(" " + doc[x])) for x in "ab"]  # type: ignore[operator]
+            pairs = [(ids_of(doc["q"]), ids_of(" " + choice)) for choice in doc["of"]]
             found = dict(llm.likelihoods(pairs))
             right += (found[1] > found[0]) == doc["label"]
     assert float(rows["choices"][7]) == pytest.approx(right / 5)
