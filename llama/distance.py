@@ -81,7 +81,8 @@ def divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.flo
 
 def same_token(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether each row's likeliest token, the first of equals, is the same."""
-    return p.argmax(axis=1) == q.argmax(axis=1)
+    same: NDArray[np.bool_] = p.argmax(axis=1) == q.argmax(axis=1)
+    return same
 
 
 # --- the rows that it is done with

@@ -257,10 +257,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
     parser.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best)")
     for prefix, whose in ("", "the model's"), ("against-", "the reference's"):
-        parser.add_argument(f"--{prefix}activations", type=int, metavar="BITS", help=f"{whose}: 8 "
-                            "or 16 bits for what meets quantised weights (default: 16)")
-        parser.add_argument(f"--{prefix}kv", metavar="KIND",
-                            help=f"{whose} keys and values: f32 or f16 (default: by the file)")
+        parser.add_argument(
+            f"--{prefix}activations", type=int, metavar="BITS",
+            help=f"{whose}: 8 or 16 bits for what meets quantised weights (default: 16)",
+        )  # fmt: skip
+        parser.add_argument(
+            f"--{prefix}kv", metavar="KIND",
+            help=f"{whose} keys and values: f32 or f16 (default: f32 for an f32 file, else f16)",
+        )  # fmt: skip
     given = parser.parse_args()
     for name in ("tokens", "stride"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
@@ -321,12 +325,21 @@ def described(facts: dict[str, Any]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Task:
+    """One thing to measure; the built-in page has no convention."""
+
+    convention: str | None
+    context: int
+    stride: int | None
+    windows: list[Window]
+
+
 def plan(
-    given: argparse.Namespace, engines: Sequence[Engine]
-) -> list[tuple[str, int, int]]:
-    """(convention, context, stride) of each thing to measure."""
+    given: argparse.Namespace, engines: Sequence[Engine], ids: Sequence[int], bos: int | None
+) -> Iterator[Task]:
+    """What is asked for of a text's IDS."""
     most = min(engine.config.max_seq_len for engine in engines)
-    chosen = []
     for convention in given.convention or ("llama.cpp", "papers"):
         for context in given.context or [min(USUAL[convention], most)]:
             if context > most:
@@ -334,11 +347,13 @@ def plan(
                     f"--context {context}: expected at most the model's own {most}, what it was "
                     "trained for"
                 )
-            stride = given.stride or context // 2
-            if convention == "strided" and stride > context:
+            stride = (given.stride or context // 2) if convention == "strided" else None
+            if stride is not None and stride > context:
                 raise LlamaError(f"--stride {stride} would skip tokens: expected at most {context}")
-            chosen.append((convention, context, stride if convention == "strided" else 0))
-    return chosen
+            found = enough(windows(convention, ids, context, bos, stride or 0), given.tokens)
+            if not found:
+                raise LlamaError(f"the text has {len(ids)} tokens and a window takes {context}")
+            yield Task(convention, context, stride, found)
 
 
 def check_pair(engines: Sequence[Engine]) -> Tokenizer:
@@ -364,11 +379,10 @@ def check_pair(engines: Sequence[Engine]) -> Tokenizer:
     return ours
 
 
-def measure(given: argparse.Namespace, engines: Sequence[Engine], data: bytes | None) -> dict[
-    str, Any]:  # fmt: skip
+def measure(
+    given: argparse.Namespace, engines: Sequence[Engine], data: bytes | None
+) -> dict[str, Any]:
     """All that was asked for, as one JSON object; a person reads along on standard output."""
-    from tqdm import tqdm
-
     from llama.machine import cpu_name
 
     began = time.monotonic()
@@ -380,37 +394,40 @@ def measure(given: argparse.Namespace, engines: Sequence[Engine], data: bytes | 
     text: dict[str, Any] | None = None
     if data is None:
         page = distance.page(engines[0])
-        jobs = [(None, len(page), 0, [Window(page, 0)])]
+        tasks = [Task(None, len(page), None, [Window(page, 0)])]
     else:
         ids = tokenizer.encode(data.decode(), bos=True)
         text = {"file": given.text, "bytes": len(data), "tokens": len(ids),
                 "sha256": hashlib.sha256(data).hexdigest()}  # fmt: skip
         out(f"{'text':<10}{given.text}: {len(ids)} tokens")
-        jobs = []
-        for convention, context, stride in plan(given, engines):
-            found = windows(convention, ids, context, tokenizer.bos_id, stride)
-            jobs.append((convention, context, stride, enough(found, given.tokens)))
-            if not jobs[-1][-1]:
-                raise LlamaError(f"the text has {len(ids)} tokens and a window takes {context}")
-    total = sum(len(w.ids) for *_, found in jobs for w in found)
-    results: list[Figures] = []
-    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
-        for convention, context, stride, found in jobs:
-            totals = evaluate(engines, found, bar.update, last_too=convention is None)
-            results.append(Figures(
-                convention, context, stride or None, len(found), totals.n,
-                perplexity(totals.surprise[0]) if convention else None,
-                totals.comparison(convention is not None) if len(engines) > 1 else None,
-            ))  # fmt: skip
-            bar.clear()
-            for line in results[-1].lines():
-                out(line)
+        tasks = list(plan(given, engines, ids, tokenizer.bos_id))
+    results = []
+    for figures in figures_of(tasks, engines):
+        for line in figures.lines():
+            out(line)
+        results.append(asdict(figures))
     return {
         "command": ["llama.eval", *sys.argv[1:]], "cpu": cpu_name(), "model": facts[0],
-        "against": facts[1] if len(facts) > 1 else None, "text": text,
-        "results": [asdict(result) for result in results],
+        "against": facts[1] if len(facts) > 1 else None, "text": text, "results": results,
         "seconds": time.monotonic() - began,
     }  # fmt: skip
+
+
+def figures_of(tasks: Sequence[Task], engines: Sequence[Engine]) -> Iterator[Figures]:
+    """Each task's, under one progress bar."""
+    from tqdm import tqdm
+
+    total = sum(len(window.ids) - 1 for task in tasks for window in task.windows)
+    with tqdm(total=total, unit="tok", leave=False, disable=None) as bar:
+        for task in tasks:
+            page = task.convention is None
+            totals = evaluate(engines, task.windows, bar.update, last_too=page)
+            bar.clear()
+            yield Figures(
+                task.convention, task.context, task.stride, len(task.windows), totals.n,
+                None if page else perplexity(totals.surprise[0]),
+                totals.comparison(not page) if len(engines) > 1 else None,
+            )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

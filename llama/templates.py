@@ -250,7 +250,6 @@ class ChatTemplate:
             ids += self._tokenizer.encode(part) if isinstance(part, str) else [part]
         return ids
 
-
     def text(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
         """The dialog as one string, its control tokens by name, for those who encode it
         themselves: what a message says may then become a control token."""

@@ -1,5 +1,5 @@
-"""python3 -m llama.eval: perplexity as transformers' loss has it, KL divergence as numpy has it from
-float64 logits, each convention's windows by its own definition, and bad words in one line."""
+"""python3 -m llama.eval: perplexity as transformers' loss has it, KL divergence as numpy has it
+from float64 logits, each convention's windows by its own definition, and bad words in one line."""
 
 from __future__ import annotations
 
@@ -263,9 +263,7 @@ def test_page_of_the_receipt(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("logits", [1, 3 * 259, 1 << 24])
-def test_parts_do_not_matter(
-    folder: Path, logits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_do_not_matter(folder: Path, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few rows go through at once, and however few become float64."""
     ids = ids_of(folder / "m.bin", TEXT)[:80]
     with Engine(folder / "m.bin") as engine:
@@ -275,7 +273,7 @@ def test_parts_do_not_matter(
         monkeypatch.setattr(distance, "BLOCK_LOGITS", logits)
         for first, end in ((0, 80), (37, 79), (79, 80)):
             found = list(distance.forward([engine], ids, first, end))
-            assert [at for at, _ in found][0] == first
+            assert found[0][0] == first
             rows = np.concatenate([logps[0] for _, logps in found])
             assert np.array_equal(rows, distance.log_softmax(whole[first:end]))
 

@@ -129,7 +129,7 @@ def test_windows_cover_a_text(n: int, size: int) -> None:
     bare.prefix_token_id, bare.max_length = 0, size
     bare.tok_encode = ids_of  # type: ignore[method-assign,assignment]
     found = list(bare.windows(text))
-    assert sum((scored for _, scored in found), []) == ids_of(text)
+    assert [token for _, scored in found for token in scored] == ids_of(text)
     whole = [0, *ids_of(text)]
     for context, scored in found:
         assert len(context) + len(scored) - 1 <= size and context
@@ -267,6 +267,8 @@ def test_bad_requests(path: Path, adapter: Adapter) -> None:
             list(adapter.llm.likelihoods([pair]))
     with pytest.raises(LlamaError, match="add_bos_token: this model has no begin token"):
         Adapter(str(path), add_bos_token=True)
+    with pytest.raises(LlamaError, match="model_args: there is no file; expected bin, threads"):
+        Adapter(file=str(path))
     adapter.llm.close()
     with pytest.raises(LlamaError, match="closed"):
         adapter.loglikelihood([asked("a", "b")], disable_tqdm=True)
