@@ -39,11 +39,12 @@ class Adapter:
         max_gen_toks: int = MAX_NEW_TOKENS, device: str | None = None,
         batch_size: object = None, max_batch_size: object = None, **unknown: object,
     ) -> None:  # fmt: skip
-        """BIN (None: bin/chat-llama.bin), THREADS, MAX_LENGTH (the context), ACTIVATIONS, KV and ISA as for Llama.
-        ADD_BOS_TOKEN: None, whether the model has a begin token. PREFIX_TOKEN_ID: what stands
-        before an empty context; None, the begin token, else the end token. The engine chooses how
-        much it computes together: BATCH_SIZE and MAX_BATCH_SIZE are the harness's habit. DEVICE is
-        its own as well, "cuda:0" where nobody says; a library without CUDA computes on the CPU."""
+        """BIN (None: bin/chat-llama.bin), THREADS, MAX_LENGTH (the context), ACTIVATIONS, KV and
+        ISA as for Llama. ADD_BOS_TOKEN: None, whether the model has a begin token.
+        PREFIX_TOKEN_ID: what stands before an empty context; None, the begin token, else the end
+        token. The engine chooses how much it computes together: BATCH_SIZE and MAX_BATCH_SIZE are
+        the harness's habit. DEVICE is its own as well, "cuda:0" where nobody says; a library
+        without CUDA computes on the CPU."""
         super().__init__()
         for name in unknown:
             raise LlamaError(f"model_args: there is no {name}; expected {', '.join(MODEL_ARGS)}")
