@@ -44,14 +44,20 @@ def main() -> int:
         "llama3:FACTOR[,LOW,HIGH[,ORIGINAL]]; ORIGINAL is the context before scaling (default: the "
         "model's own; llama3's 1,4,8192)",
     )  # fmt: skip
+    parser.add_argument(
+        "--infill", choices=["yes", "no"],
+        help="whether the model was trained to infill (default: inferred from its vocabulary, "
+        "name and shape)",
+    )  # fmt: skip
     args = parser.parse_args()
 
     def work() -> int:
         from llama import checkpoints
         from llama.checkpoints import default
 
+        infill = None if args.infill is None else args.infill == "yes"
         options = checkpoints.Options(
-            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling
+            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, infill
         )
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:

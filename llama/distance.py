@@ -3,12 +3,14 @@ page of text that quantize.py's receipt is about; python3 -m llama.eval does it 
 
 At each position the two next-token distributions are compared. KL divergence (nats) says how
 surprised someone who believes the second would be by the first; "same token" is how often both
-would say the same next. Logits are looked at a few rows at a time, so memory does not grow with
-the text, and hardly with the vocabulary.
+would say the same next. Of models with other heads, or none, the numbers themselves are compared.
+They are looked at a few rows at a time, so memory does not grow with the text, and hardly with the
+vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.config import Head
 from llama.engine import Engine
 from llama.errors import LlamaError
 from llama.tokenizer import open_tokenizer
@@ -62,6 +65,20 @@ class Distance:
         )
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """Over N positions: the root mean square of the difference over that of the outputs."""
+
+    n: int
+    relative_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"relative error of the outputs {100 * self.relative_error:.3f}% (rms, of {self.n} "
+            "positions of a fixed page of text)"
+        )
+
+
 # --- the arithmetic
 
 
@@ -88,16 +105,16 @@ def same_token(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.boo
 # --- the rows that it is done with
 
 
-def forward(
+def outputs(
     engines: Sequence[Engine], ids: Sequence[int], first: int, end: int
-) -> Iterator[tuple[int, list[NDArray[np.float64]]]]:
-    """(position, each engine's log-probabilities from there on): blocks of rows of what each
-    says after ids[position], for the positions from FIRST to END, which is left out."""
+) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
+    """(position, each engine's outputs from there on): blocks of rows (rows, n_outputs) of what
+    each says after ids[position], for the positions from FIRST to END, which is left out."""
     for engine in engines:
         engine.trim(0, 0)
-    vocab_size = engines[0].config.vocab_size
-    limit = max(1, min(MAX_PASS, PASS_LOGITS // vocab_size))
-    block = max(1, BLOCK_LOGITS // vocab_size)
+    width = engines[0].config.n_outputs
+    limit = max(1, min(MAX_PASS, PASS_LOGITS // width))
+    block = max(1, BLOCK_LOGITS // width)
     start = 0
     while start < end:
         n = min(MAX_PASS, first - start) if start < first else min(limit, end - start)
@@ -109,17 +126,17 @@ def forward(
             )
             for engine in engines
         ]  # fmt: skip
-        rows = [_finite(logits, engine) for logits, engine in zip(found, engines, strict=True)]
+        rows = [_finite(one, engine) for one, engine in zip(found, engines, strict=True)]
         for at in range(0, n if start >= first else 0, block):
-            yield start + at, [log_softmax(logits[at : at + block]) for logits in rows]
+            yield start + at, [one[at : at + block] for one in rows]
         start += n
 
 
-def _finite(logits: NDArray[np.float32] | None, engine: Engine) -> NDArray[np.float32]:
-    assert logits is not None
-    if not np.isfinite(logits).all():
-        raise LlamaError(f"{engine.model.path}: gives logits that are not finite")
-    return logits
+def _finite(rows: NDArray[np.float32] | None, engine: Engine) -> NDArray[np.float32]:
+    assert rows is not None
+    if not np.isfinite(rows).all():
+        raise LlamaError(f"{engine.model.path}: gives numbers that are not finite")
+    return rows
 
 
 # --- the page
@@ -141,16 +158,33 @@ def page(engine: Engine) -> list[int]:
 
 def measure(
     reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None
-) -> Distance:
+) -> Distance | Deviation:
     """Runs both files over the page; REFERENCE is the one that counts as right."""
     with ExitStack() as stack:
         engines = [
             stack.enter_context(Engine(path, threads=threads, max_seq_len=512))
             for path in (reference, other)
         ]
+        a, b = (engine.config for engine in engines)
+        if (a.head, a.n_outputs) != (b.head, b.n_outputs):
+            raise LlamaError(
+                f"{reference} and {other}: two models of the same head and number of outputs are "
+                f"compared, found {a.n_outputs} and {b.n_outputs}"
+            )
         ids = page(engines[0])
+        if a.head != Head.LM:
+            return _deviation(ids, engines)
         kl, same = 0.0, 0
-        for _, (p, q) in forward(engines, ids, 0, len(ids)):
+        for _, pair in outputs(engines, ids, 0, len(ids)):
+            p, q = map(log_softmax, pair)
             kl += float(divergence(p, q).sum())
             same += int(same_token(p, q).sum())
     return Distance(len(ids), kl / len(ids), same / len(ids))
+
+
+def _deviation(ids: Sequence[int], engines: Sequence[Engine]) -> Deviation:
+    error, size = 0.0, 0.0
+    for _, (right, ours) in outputs(engines, ids, 0, len(ids)):
+        error += float(np.square(ours - right, dtype=np.float64).sum())
+        size += float(np.square(right, dtype=np.float64).sum())
+    return Deviation(len(ids), math.sqrt(error / size) if size else 0.0)

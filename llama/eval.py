@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from llama import distance
 from llama.cli import Parser, default_bin, run, say
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer, open_tokenizer, vocabularies_differ
 
@@ -221,9 +222,10 @@ def evaluate(
     for window in found:
         known = 0
         end = len(window.ids) - 1 + last_too
-        for at, logps in distance.forward(engines, window.ids, window.first, end):
-            rows = len(logps[0])
-            totals.add(logps, window.ids[at + 1 : at + 1 + rows])
+        for at, logits in distance.outputs(engines, window.ids, window.first, end):
+            rows = len(logits[0])
+            came = window.ids[at + 1 : at + 1 + rows]
+            totals.add([distance.log_softmax(one) for one in logits], came)
             progress(at + rows - known)
             known = at + rows
     return totals
@@ -361,7 +363,7 @@ def check_pair(engines: Sequence[Engine]) -> Tokenizer:
     tokenizers = []
     for engine in engines:
         config = engine.config
-        if config.n_outputs != config.vocab_size:
+        if config.head != Head.LM:
             raise LlamaError(f"{engine.model.path}: is no language model")
         tokenizers.append(
             open_tokenizer(

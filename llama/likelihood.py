@@ -16,6 +16,7 @@ from typing import NamedTuple
 from llama.batch import MAX_ACTIVE, MAX_CHUNK, SHARE, Batches, Slot, common_prefix
 from llama.errors import LlamaError
 
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, and of what continues it
 PASS_LOGITS = 1 << 24  # that a forward pass may keep: 64 MiB
 
 
@@ -24,6 +25,9 @@ class Likelihood(NamedTuple):
 
     logprob: float  # natural, summed over its tokens
     greedy: bool  # whether each token is the likeliest, of equals the smallest id
+
+
+Numbered = tuple[int, Likelihood]  # a pair's number, and its continuation's
 
 
 @dataclass
@@ -47,9 +51,7 @@ class Reading:
     found: list[dict[int, Likelihood]] = field(default_factory=list)
 
 
-def each(
-    batches: Batches, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> Iterator[tuple[int, Likelihood]]:
+def each(batches: Batches, pairs: Sequence[Pair]) -> Iterator[Numbered]:
     """(number, result) of each (context ids, continuation ids) of PAIRS, as they are known.
     Neither may be empty; both, but for the continuation's last token, must fit the context."""
     groups: dict[object, Group] = {}
@@ -89,7 +91,7 @@ def _check(
         )
 
 
-def _compute(batches: Batches, wave: Sequence[Group]) -> Iterator[tuple[int, Likelihood]]:
+def _compute(batches: Batches, wave: Sequence[Group]) -> Iterator[Numbered]:
     """A lone continuation is read with its context. Of several the context comes first; what it
     says of their first tokens is all that those of one token need."""
     with ExitStack() as held:

@@ -256,6 +256,7 @@ def test_decoded_weights_are_the_same_weights(folder: Path) -> None:
 def test_page_of_the_receipt(folder: Path) -> None:
     """quantize.py's receipt and llama.eval without a text are one measurement."""
     told = distance.measure(folder / "m.bin", folder / "m-q8.bin")
+    assert isinstance(told, distance.Distance)
     found = measured("--bin", folder / "m-q8.bin", "--against", folder / "m.bin")["results"][0]
     assert found["scored"] == told.n == 96
     assert found["against"]["kl"]["value"] == pytest.approx(told.mean_kl, rel=1e-12)
@@ -272,10 +273,10 @@ def test_parts_do_not_matter(folder: Path, logits: int, monkeypatch: pytest.Monk
         monkeypatch.setattr(distance, "PASS_LOGITS", 4 * logits)
         monkeypatch.setattr(distance, "BLOCK_LOGITS", logits)
         for first, end in ((0, 80), (37, 79), (79, 80)):
-            found = list(distance.forward([engine], ids, first, end))
+            found = list(distance.outputs([engine], ids, first, end))
             assert found[0][0] == first
-            rows = np.concatenate([logps[0] for _, logps in found])
-            assert np.array_equal(rows, distance.log_softmax(whole[first:end]))
+            rows = np.concatenate([logits[0] for _, logits in found])
+            assert np.array_equal(rows, whole[first:end])
 
 
 def test_extreme_logits() -> None:
@@ -381,5 +382,5 @@ def test_logits_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) ->
         for record in records:
             values = norm if record.name == "norm.weight" else bin.tensors[record.name]
             writer.write(record.name, values)
-    with Engine(path) as engine, pytest.raises(LlamaError, match="big.bin: gives logits that"):
-        list(distance.forward([engine], [5, 6], 0, 2))
+    with Engine(path) as engine, pytest.raises(LlamaError, match="big.bin: gives numbers that"):
+        list(distance.outputs([engine], [5, 6], 0, 2))

