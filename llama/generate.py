@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama import session
+from llama import likelihood, session
 from llama.batch import Batches, Counters
 from llama.completion import Job, Result
 from llama.config import Head
@@ -386,6 +386,13 @@ class Llama(Heads):
                 if not self._batches.closed:
                     self._batches.slots.give(slot)
         return saved.messages, len(tokens)
+
+    def likelihoods(self, pairs: Sequence[likelihood.Pair]) -> Iterator[likelihood.Numbered]:
+        """(index, (logprob, greedy)) of each (context ids, continuation ids) of PAIRS as it is
+        known: how likely the continuation is, and whether each of its tokens is the likeliest."""
+        self.require(Head.LM, "likelihoods()")
+        self._batches.check_open()
+        return likelihood.each(self._batches, pairs)
 
     # --- the end
 
