@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
                 if flag is None:
                     flags = list(self._option_string_actions)
                     near = [it for it in flags if it.startswith(name)]
-                    near = near or difflib.get_close_matches(name, flags, 1)
+                    bare = [it.lstrip("-") for it in flags]  # all would be alike in their dashes
+                    alike = difflib.get_close_matches(name.lstrip("-"), bare, 1)
+                    near = near or [f"--{it}" for it in alike]
                     self.error(f"there is no {name}" + (f", but {near[0]}" if near else ""))
                 words[at] = flag + equals + value
         return super().parse_known_args(words, namespace)

@@ -137,7 +137,7 @@ def _several(
     llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace, reward: Llama | None
 ) -> None:
     results = llm.generate(
-        prompt, params, n=args.n or 1, best_of=args.best_of, reward=reward,
+        prompt, params, n=1 if args.n is None else args.n, best_of=args.best_of, reward=reward,
         echo=args.echo and params.logprobs is not None,
     )  # fmt: skip
     if args.show_prompt:
@@ -274,12 +274,13 @@ def read_requests(path: Path, base: Request) -> list[Request]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        name = f"{path} line {number}"
         try:
-            requests.append(_request(json.loads(line), base))
+            requests.append(_request(json.loads(line), replace(base, name=name)))
         except ValueError as error:
-            raise LlamaError(f"{path} line {number}: no JSON: {error}") from None
+            raise LlamaError(f"{name}: no JSON: {error}") from None
         except LlamaError as error:
-            raise LlamaError(f"{path} line {number}: {error}") from None
+            raise LlamaError(f"{name}: {error}") from None
     return requests
 
 

@@ -259,7 +259,7 @@ class Llama(Heads):
             try:
                 groups.append(request.jobs(self._job(request)))
             except LlamaError as error:
-                raise LlamaError(f"prompt {number}: {error}") from None
+                raise LlamaError(f"{request.name or f'prompt {number}'}: {error}") from None
         return self._each(requests, groups)
 
     def stream(
