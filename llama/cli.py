@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.overflow import POLICIES
 from llama.sampling import SamplingParams, params_from
@@ -245,7 +246,7 @@ def show_prompt(llm: Any, ids: Sequence[int]) -> None:
         say(f"{token:>{width + 2}}  {tokenizer.shown(token)}{mark}")
     if len(ids) > 1 and tokenizer.bos_id is not None and ids[0] == ids[1] == tokenizer.bos_id:
         say("warning: the prompt begins with two begin tokens")
-    if not tokenizer.eos_ids:
+    if not tokenizer.eos_ids and llm.config.head == Head.LM:
         say("warning: the model names no end token; only --max_tokens and --stop end its text")
 
 

@@ -234,7 +234,7 @@ def test_the_flag_and_the_notes(data: Path, folders: dict[str, Path], tmp_path: 
         (data / "tokenizers" / "llama2_tokenizer.model").read_bytes()
     )
     assert not [key for key in load(python).meta if key.startswith("infill")]
-    with pytest.raises(LlamaError, match="--infill yes: the vocabulary has not ▁<PRE>"):
+    with pytest.raises(LlamaError, match="--infill yes: the vocabulary lacks ▁<PRE>"):
         load(python, Options(infill=True))
     other = tmp_path / "other.gguf"
     wrong = {"fim_pre": 5, "fim_suf": 6, "fim_mid": 7}
