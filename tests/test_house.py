@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "generate": {"batch", "completion", "config", "engine", "heads", "infill", "likelihood",
                  "overflow", "request", "reward", "sampling", "session", "templates", "tokenizer"},
     "machine": {"engine"},
-    "cli": {"generate", "machine", "overflow", "sampling", "checkpoints"},
+    "cli": {"config", "generate", "machine", "overflow", "sampling", "checkpoints"},
     "complete": {"cli", "completion", "config", "generate", "infill", "machine", "request",
                  "sampling", "tokenizer"},
     "talk": {"cli", "completion", "config", "generate", "machine", "overflow", "sampling"},
