@@ -5,5 +5,5 @@
 
 /* The contract of llama_quantize in llama.h; the arguments are already checked. */
 int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struct kind *kind,
-                int threads, void *out, llama_loss *loss);
+                const float *factor, int threads, void *out, llama_loss *loss);
 #endif

@@ -7,6 +7,7 @@
 #include "encode.h"
 #include "error.h"
 #include "model.h"
+#include "moments.h"
 #include "rope.h"
 #include "sampler.h"
 #include <pthread.h>
@@ -142,11 +143,23 @@ static int quantize_check(const llama_model *model, size_t tensor, size_t first,
 }
 
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
-                   int threads, void *out, size_t out_bytes, llama_loss *loss) {
+                   const float *factor, int threads, void *out, size_t out_bytes,
+                   llama_loss *loss) {
     if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
     const struct kind *k = kind_find(kind);
     if (quantize_check(model, tensor, first, n, k, out_bytes)) return -1;
-    return encode_rows(&model->model.file.tensors[tensor], first, n, k, threads, out, loss);
+    return encode_rows(&model->model.file.tensors[tensor], first, n, k, factor, threads, out, loss);
+}
+
+int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments) {
+    if (!x || !moments || !columns) return fail("llama_add_moments: an argument is NULL or 0");
+    return n ? moments_add(x, n, columns, threads, moments) : 0;
+}
+
+int llama_factor_moments(float *moments, size_t columns, double damping, int threads) {
+    if (!moments || !columns) return fail("llama_factor_moments: an argument is NULL or 0");
+    if (!(damping >= 0 && damping <= 1)) return fail("damping is %g, expected 0 to 1", damping);
+    return moments_factor(moments, columns, damping, threads);
 }
 
 // ---- sessions
@@ -345,6 +358,51 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
     int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
                                  : fail("cannot fork %u positions of sequence %d: it has %u",
                                         length, from, q->length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+/* The layer of a stage, given matrices in the place of the model's. */
+static int stage_layer(const struct model *m, const llama_stage *g, struct layer *layer) {
+    if (g->stage > LLAMA_STAGE_HEAD || g->layer >= m->config.n_layers)
+        return fail("stage %u of layer %u, expected 0 to %d of 0 to %u", g->stage, g->layer,
+                    LLAMA_STAGE_HEAD, m->config.n_layers - 1);
+    const bool takes = g->stage == LLAMA_STAGE_GATE_UP || g->stage == LLAMA_STAGE_END;
+    if ((takes && !g->given) || (g->stage != LLAMA_STAGE_END && !g->inputs))
+        return fail("llama_run_stage: given or inputs is NULL, which stage %u needs", g->stage);
+    *layer = m->layers[g->layer];
+    struct matrix *all[LLAMA_LAYER_MATRICES] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo,
+                                                &layer->w1, &layer->w3, &layer->w2};
+    for (int i = 0; i < LLAMA_LAYER_MATRICES; i++) {
+        if (!g->blocks[i]) continue;
+        const struct kind *kind = kind_find(g->kinds[i]);
+        if (!kind) return fail("llama_run_stage: no such kind of weights as %u", g->kinds[i]);
+        all[i]->kind = kind;
+        all[i]->kind_number = g->kinds[i];
+        all[i]->strip_bytes = kind_strip_bytes(kind, all[i]->columns);
+        all[i]->data = g->blocks[i];
+    }
+    return 0;
+}
+
+static int stage_locked(llama_session *s, const llama_stage *g) {
+    struct layer layer;
+    if (stage_layer(&s->model->model, g, &layer)) return -1;
+    if (g->n > s->info.max_seq_len)
+        return fail("a text of %zu tokens does not fit the context of %u", g->n,
+                    s->info.max_seq_len);
+    if (s->cache.sequences[0].length) return fail("llama_run_stage: sequence 0 is not empty");
+    int rc = cache_reserve(&s->cache, 0, (uint32_t)g->n);
+    if (!rc) rc = s->backend->stage(s->state, g, &layer, &s->cache.sequences[0]);
+    cache_trim(&s->cache, 0, 0);
+    return rc;
+}
+
+int llama_run_stage(llama_session *s, const llama_stage *stage) {
+    if (!s || !stage || !stage->stream) return fail("llama_run_stage: an argument is NULL");
+    if (check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = stage_locked(s, stage);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ TOKENIZERS = {0: "none", 1: "sentencepiece", 2: "json", 3: "tiktoken"}
 MAX_SEQUENCES: int = lib.LLAMA_MAX_SEQUENCES
 NUMBERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_p",
            "min_p", "typical_p", "mirostat_tau", "mirostat_eta")  # fmt: skip
+Floats: TypeAlias = NDArray[np.float32]
 Mu: TypeAlias = "array[float]"  # mirostat's number, of length 1
 
 
@@ -208,14 +209,39 @@ class Model:
         return out
 
     def quantize(
-        self, index: int, first: int, n: int, kind: Kind, n_bytes: int, threads: int | None = None
-    ) -> tuple[bytearray, Loss]:
-        """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks."""
+        self, index: int, first: int, n: int, kind: Kind, n_bytes: int,
+        threads: int | None = None, factor: Floats | None = None,
+    ) -> tuple[bytearray, Loss]:  # fmt: skip
+        """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks. FACTOR is
+        what factor_moments() left, for error feedback."""
         out, loss = bytearray(n_bytes), ffi.new("llama_loss *")
-        check(lib.llama_quantize(self.handle, index, first, n, int(kind), _threads(threads),
-                                 ffi.from_buffer(out, require_writable=True), n_bytes,
-                                 loss))  # fmt: skip
+        columns = self._tensor(_within("tensor", index)).shape[-1]
+        check(lib.llama_quantize(self.handle, index, first, n, int(kind),
+                                 ffi.NULL if factor is None else _square(factor, columns),
+                                 _threads(threads), ffi.from_buffer(out, require_writable=True),
+                                 n_bytes, loss))  # fmt: skip
         return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
+
+
+def _square(moments: Floats, columns: int) -> Any:
+    if moments.shape != (columns, columns):
+        raise LlamaError(f"moments of {columns} columns: found shape {moments.shape}")
+    return ffi.from_buffer("float[]", moments)
+
+
+def add_moments(moments: Floats, x: Floats, threads: int | None = None) -> None:
+    """MOMENTS (columns, columns), zeros at first, += x^T x for inputs X (n, columns); only the
+    lower triangle."""
+    n, columns = x.shape
+    check(lib.llama_add_moments(ffi.from_buffer("float[]", x), n, columns, _threads(threads),
+                                _square(moments, columns)))  # fmt: skip
+
+
+def factor_moments(moments: Floats, damping: float, threads: int | None = None) -> None:
+    """Factors MOMENTS in place, as llama_factor_moments in lib/llama.h says."""
+    columns = len(moments)
+    check(lib.llama_factor_moments(_square(moments, columns), columns, damping,
+                                   _threads(threads)))  # fmt: skip
 
 
 def _threads(count: int | None) -> int:
@@ -403,6 +429,27 @@ class Engine:
         with self._turn:
             check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", room)))
         return out
+
+    def run_stage(
+        self, layer: int, stage: int, stream: Floats, given: Floats,
+        blocks: Mapping[int, tuple[Kind, NDArray[np.uint8]]],
+    ) -> Floats:  # fmt: skip
+        """One stage of LAYER over one text: llama_run_stage in lib/llama.h. Changes STREAM
+        (n, dim), takes what the stage before gave, and gives (n, columns) inputs of the matrices
+        that are next. BLOCKS by place (wq, wk, wv, wo, w1, w3, w2) stand for the model's own."""
+        c = self.config
+        width = {1: c.n_heads * c.head_dim, 3: c.hidden_dim}.get(stage, c.dim)
+        inputs = np.empty((len(stream), width), np.float32)
+        s = ffi.new("llama_stage *")
+        s.layer, s.stage, s.n = layer, stage, len(stream)
+        alive = [ffi.from_buffer("float[]", array) for array in (stream, given, inputs)]
+        s.stream, s.given, s.inputs = alive
+        for place, (kind, data) in (blocks or {}).items():
+            alive.append(ffi.from_buffer(data))
+            s.kinds[place], s.blocks[place] = int(kind), alive[-1]
+        with self._turn:
+            check(lib.llama_run_stage(self.handle, s))
+        return inputs
 
     def length(self, sequence: int) -> int:
         """Positions that SEQUENCE holds."""
