@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -47,6 +47,7 @@ Question: A train leaves at 14:20 and arrives at 17:05. How long does the journe
 Answer: From 14:20 to 17:20 would be three hours. It arrives fifteen minutes earlier, so the
 journey takes two hours and forty-five minutes.
 """
+PAGE_NAME = "a fixed page of text"
 PART = 64  # tokens compared at once, so that logits of a large vocabulary stay small
 
 
@@ -57,11 +58,12 @@ class Distance:
     n: int
     mean_kl: float  # nats
     same_token: float  # share of positions, 0 to 1
+    text: str = PAGE_NAME
 
     def __str__(self) -> str:
         return (
             f"mean KL divergence {self.mean_kl:.2e} nats, same next token "
-            f"{100 * self.same_token:.1f}% (of {self.n} positions of a fixed page of text)"
+            f"{100 * self.same_token:.1f}% (of {self.n} positions of {self.text})"
         )
 
 
@@ -71,11 +73,12 @@ class Deviation:
 
     n: int
     relative_error: float
+    text: str = PAGE_NAME
 
     def __str__(self) -> str:
         return (
             f"relative error of the outputs {100 * self.relative_error:.3f}% (rms, of {self.n} "
-            "positions of a fixed page of text)"
+            f"positions of {self.text})"
         )
 
 
@@ -101,7 +104,16 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return x
 
 
-def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32]]]:
+def _parts(
+    texts: Sequence[Sequence[int]], *engines: Engine
+) -> Iterator[list[NDArray[np.float32]]]:
+    for ids in texts:
+        for engine in engines:
+            engine.trim(0, 0)
+        yield from _text_parts(ids, *engines)
+
+
+def _text_parts(ids: Sequence[int], *engines: Engine) -> Iterator[list[NDArray[np.float32]]]:
     for start in range(0, len(ids), PART):
         part = ids[start : start + PART]
         n = len(part)
@@ -115,9 +127,11 @@ def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32
 
 def measure(
     reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None,
-    activations: int | None = None,
+    activations: int | None = None, texts: Sequence[Sequence[int]] | None = None,
+    name: str = PAGE_NAME,
 ) -> Distance | Deviation:  # fmt: skip
-    """Runs both files over the page; REFERENCE is the one that counts as right."""
+    """Runs both files over the page, or over TEXTS, token ids, called NAME; REFERENCE is the one
+    that counts as right."""
     with ExitStack() as stack:
         engines = [
             stack.enter_context(
@@ -129,23 +143,24 @@ def measure(
         if (a.head, a.n_outputs) != (b.head, b.n_outputs):
             raise LlamaError(f"{reference} and {other}: two models of the same head and number of "
                              f"outputs are compared, found {a.n_outputs} and {b.n_outputs}")
-        ids = _page(engines[0])
+        texts = texts or [_page(engines[0])]
+        n = sum(map(len, texts))
         if a.head != Head.LM:
-            return _deviation(ids, *engines)
+            return Deviation(n, _deviation(texts, *engines), name)
         kl, same = 0.0, 0
-        for pair in _parts(ids, *engines):
+        for pair in _parts(texts, *engines):
             p, q = (_log_softmax(logits) for logits in pair)
             kl += float((np.exp(p) * (p - q)).sum())
             same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-    return Distance(len(ids), kl / len(ids), same / len(ids))
+    return Distance(n, kl / n, same / n, name)
 
 
-def _deviation(ids: list[int], *engines: Engine) -> Deviation:
+def _deviation(texts: Sequence[Sequence[int]], *engines: Engine) -> float:
     error, size = 0.0, 0.0
-    for right, ours in _parts(ids, *engines):
+    for right, ours in _parts(texts, *engines):
         error += float(np.square(ours - right, dtype=np.float64).sum())
         size += float(np.square(right, dtype=np.float64).sum())
-    return Deviation(len(ids), math.sqrt(error / size) if size else 0.0)
+    return math.sqrt(error / size) if size else 0.0
 
 
 def main() -> int:
