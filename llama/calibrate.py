@@ -22,7 +22,7 @@ from llama.quant import Kind
 from llama.sampling import SamplingParams
 from llama.tokenizer import open_tokenizer
 
-DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv:2210.17323, section 3.3)
+DAMPING = 0.3
 TEXT = 512  # tokens of one text at most
 SLOTS = 16  # texts that the model writes at once
 # What is encoded after each stage, in the order of llama_stage's blocks.
@@ -85,9 +85,7 @@ def _read(model: Model, n_tokens: int, file: Path) -> list[list[int]]:
     return texts
 
 
-def _write(
-    engine: Engine, n_tokens: int, wrote: Callable[[int], object]
-) -> list[list[int]]:
+def _write(engine: Engine, n_tokens: int, wrote: Callable[[int], object]) -> list[list[int]]:
     """Drawn at temperature 1, so that they are spread as the model believes texts are."""
     c, params = engine.config, SamplingParams(temperature=1, top_p=1, top_k=0, seed=0)
     begin = c.bos_id if c.bos_id is not None else (*c.eos_ids, 0)[0]

@@ -104,9 +104,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return x
 
 
-def _parts(
-    texts: Sequence[Sequence[int]], *engines: Engine
-) -> Iterator[list[NDArray[np.float32]]]:
+def _parts(texts: Sequence[Sequence[int]], *engines: Engine) -> Iterator[list[NDArray[np.float32]]]:
     for ids in texts:
         for engine in engines:
             engine.trim(0, 0)
@@ -141,8 +139,10 @@ def measure(
         ]
         a, b = (engine.config for engine in engines)
         if (a.head, a.n_outputs) != (b.head, b.n_outputs):
-            raise LlamaError(f"{reference} and {other}: two models of the same head and number of "
-                             f"outputs are compared, found {a.n_outputs} and {b.n_outputs}")
+            raise LlamaError(
+                f"{reference} and {other}: two models of the same head and number of "
+                f"outputs are compared, found {a.n_outputs} and {b.n_outputs}"
+            )
         texts = texts or [_page(engines[0])]
         n = sum(map(len, texts))
         if a.head != Head.LM:

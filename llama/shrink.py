@@ -123,7 +123,7 @@ class Calibrate:
     tokens: int = 8192
 
 
-def calibration(bits: int, text: str | None, tokens: int | None) -> Calibrate | None:
+def calibration_of(bits: int, text: str | None, tokens: int | None) -> Calibrate | None:
     """quantize.py's two flags, where they make sense."""
     if tokens is not None and not 64 <= tokens <= 1 << 20:
         raise LlamaError(f"--calibration-tokens is {tokens}, expected 64 to {1 << 20}")
@@ -159,7 +159,8 @@ def shrink(
             force=force,
         )  # fmt: skip
         with writer, ExitStack() as stack:
-            calibration, held_out = None, []
+            calibration: Calibration | None = None
+            held_out: list[list[int]] = []
             if calibrate is not None and bits == 4:
                 texts, held_out = _texts(source, calibrate, receipt, threads)
                 calibration = stack.enter_context(Calibration(source, texts, threads))
@@ -219,7 +220,7 @@ class _Work:
                 elif self.calibration is not None and name.startswith("layers."):
                     while name not in self.ready:
                         self.calibration.layer(self.encode_layer)
-                    self.writer.write(name, self.ready.pop(name).data)
+                    self.writer.write(name, self.ready.pop(name).tobytes())
                 else:
                     for blocks in self.encode(name):
                         self.writer.write(name, blocks)
