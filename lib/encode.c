@@ -191,6 +191,19 @@ static int refuse(const struct encoding *e) {
                 column, value, e->kind->name, (double)e->kind->limit);
 }
 
+int encode_check(const llama_tensor *t, size_t first, size_t n, const struct kind *kind,
+                 size_t out_bytes) {
+    if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
+    if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
+        (n % TILE_ROWS && first + n != t->shape[0]))
+        return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
+                    first + n, (size_t)t->shape[0], TILE_ROWS);
+    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
+        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
+                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
+    return 0;
+}
+
 int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struct kind *kind,
                 const float *factor, int threads, void *out, llama_loss *loss) {
     const size_t strips = (n + TILE_ROWS - 1) / TILE_ROWS;

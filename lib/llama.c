@@ -125,30 +125,16 @@ int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_
 
 // ---- quantising
 
-static int quantize_check(const llama_model *model, size_t tensor, size_t first, size_t n,
-                          const struct kind *kind, size_t out_bytes) {
-    const struct file *f = &model->model.file;
-    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
-    if (!kind) return fail("llama_quantize: no such kind of weights");
-    const llama_tensor *t = &f->tensors[tensor].is;
-    if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
-    if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
-        (n % TILE_ROWS && first + n != t->shape[0]))
-        return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
-                    first + n, (size_t)t->shape[0], TILE_ROWS);
-    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
-        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
-                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
-    return 0;
-}
-
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
                    const float *factor, int threads, void *out, size_t out_bytes,
                    llama_loss *loss) {
     if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
     const struct kind *k = kind_find(kind);
-    if (quantize_check(model, tensor, first, n, k, out_bytes)) return -1;
-    return encode_rows(&model->model.file.tensors[tensor], first, n, k, factor, threads, out, loss);
+    const struct file *f = &model->model.file;
+    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
+    if (!k) return fail("llama_quantize: no such kind of weights");
+    if (encode_check(&f->tensors[tensor].is, first, n, k, out_bytes)) return -1;
+    return encode_rows(&f->tensors[tensor], first, n, k, factor, threads, out, loss);
 }
 
 int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments) {
@@ -362,32 +348,13 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
     return rc;
 }
 
-/* The layer of a stage, given matrices in the place of the model's. */
-static int stage_layer(const struct model *m, const llama_stage *g, struct layer *layer) {
-    if (g->stage > LLAMA_STAGE_HEAD || g->layer >= m->config.n_layers)
-        return fail("stage %u of layer %u, expected 0 to %d of 0 to %u", g->stage, g->layer,
-                    LLAMA_STAGE_HEAD, m->config.n_layers - 1);
-    const bool takes = g->stage == LLAMA_STAGE_GATE_UP || g->stage == LLAMA_STAGE_END;
-    if ((takes && !g->given) || (g->stage != LLAMA_STAGE_END && !g->inputs))
-        return fail("llama_run_stage: given or inputs is NULL, which stage %u needs", g->stage);
-    *layer = m->layers[g->layer];
-    struct matrix *all[LLAMA_LAYER_MATRICES] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo,
-                                                &layer->w1, &layer->w3, &layer->w2};
-    for (int i = 0; i < LLAMA_LAYER_MATRICES; i++) {
-        if (!g->blocks[i]) continue;
-        const struct kind *kind = kind_find(g->kinds[i]);
-        if (!kind) return fail("llama_run_stage: no such kind of weights as %u", g->kinds[i]);
-        all[i]->kind = kind;
-        all[i]->kind_number = g->kinds[i];
-        all[i]->strip_bytes = kind_strip_bytes(kind, all[i]->columns);
-        all[i]->data = g->blocks[i];
-    }
-    return 0;
-}
-
 static int stage_locked(llama_session *s, const llama_stage *g) {
     struct layer layer;
-    if (stage_layer(&s->model->model, g, &layer)) return -1;
+    const bool takes = g->stage == LLAMA_STAGE_GATE_UP || g->stage == LLAMA_STAGE_END;
+    if (g->stage > LLAMA_STAGE_HEAD) return fail("stage %u of a layer, expected 0 to 5", g->stage);
+    if ((takes && !g->given) || (g->stage != LLAMA_STAGE_END && !g->inputs))
+        return fail("llama_run_stage: given or inputs is NULL, which stage %u needs", g->stage);
+    if (model_layer(&s->model->model, g->layer, g->kinds, g->blocks, &layer)) return -1;
     if (g->n > s->info.max_seq_len)
         return fail("a text of %zu tokens does not fit the context of %u", g->n,
                     s->info.max_seq_len);

@@ -13,31 +13,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama.config import Head
-from llama.engine import Engine, Floats, Model, add_moments, factor_moments
+from llama.engine import Engine, Floats, Model
 from llama.errors import LlamaError
-from llama.quant import Kind
 from llama.sampling import SamplingParams
+from llama.stages import END, HEAD, Blocks, add_moments, factor_moments, run_stage
 from llama.tokenizer import open_tokenizer
 
+# Of the mean diagonal. GPTQ has 0.01 (arXiv:2210.17323, section 3.3) and 128 texts of 2,048 tokens;
+# with a thirtieth of that, as much as this keeps from learning the texts' own chance, and costs
+# nothing on more of their kind (docs/performance.md).
 DAMPING = 0.3
 TEXT = 512  # tokens of one text at most
 SLOTS = 16  # texts that the model writes at once
 # What is encoded after each stage, in the order of llama_stage's blocks.
 STAGES = (("attention.wq", "attention.wk", "attention.wv"), ("attention.wo",),
           ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))  # fmt: skip
-HEAD = 5  # the stage of the output matrix
-Blocks = tuple[Kind, NDArray[np.uint8]]
 Encode = Callable[[str, Floats], Blocks]  # a matrix's name and factor -> its blocks
-
-
-def aligned(n: int) -> NDArray[np.uint8]:
-    """N bytes at a multiple of 64, as the kernels read blocks."""
-    raw = np.empty(n + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + n]
 
 
 # ---- texts
@@ -49,15 +42,12 @@ def texts_of(
 ) -> list[list[int]]:  # fmt: skip
     """About N_TOKENS token ids in texts of at most TEXT, each with its begin token: of FILE, or
     that the model writes by itself; WROTE hears of each token that it does. A network without a
-    language model's head cannot write and reads ids drawn by chance."""
+    language model's head cannot write: then there are none."""
     with Model(source) as model:
         if file is not None:
             return _read(model, n_tokens, file)
         if model.config.head != Head.LM:
-            rng = np.random.default_rng(0)
-            length = min(TEXT, model.config.max_seq_len)
-            ids = rng.integers(0, model.config.vocab_size, (-(-n_tokens // length), length))
-            return [list(map(int, text)) for text in ids]
+            return []
     with Engine(source, threads=threads) as engine:
         return _write(engine, n_tokens, wrote)
 
@@ -135,9 +125,6 @@ class Calibration:
         self, source: str | os.PathLike[str], texts: Sequence[Sequence[int]],
         threads: int | None = None,
     ) -> None:  # fmt: skip
-        texts = [text for text in texts if text]
-        if not texts:
-            raise LlamaError("calibration: there is no text")
         longest = max(map(len, texts))
         self.threads, self.next_layer = threads, 0
         self._engine = Engine(source, threads=threads, kv="f32", max_seq_len=longest)
@@ -169,7 +156,7 @@ class Calibration:
             factor = self._factor(given, full[0])
             for name in full:
                 blocks[len(blocks)] = encode(name, factor)
-        self._stage(number, len(STAGES), given, blocks)
+        self._stage(number, END, given, blocks)
 
     def head(self) -> Floats:
         """The factor of the output matrix, once all layers are through."""
@@ -180,7 +167,7 @@ class Calibration:
         self, layer: int, stage: int, given: list[Floats], blocks: dict[int, Blocks]
     ) -> list[Floats]:
         pairs = zip(self._streams, given, strict=True)
-        return [self._engine.run_stage(layer, stage, x, y, blocks) for x, y in pairs]
+        return [run_stage(self._engine, layer, stage, x, y, blocks) for x, y in pairs]
 
     def _factor(self, inputs: list[Floats], name: str) -> Floats:
         columns = inputs[0].shape[1]

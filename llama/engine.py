@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -216,32 +216,13 @@ class Model:
         what factor_moments() left, for error feedback."""
         out, loss = bytearray(n_bytes), ffi.new("llama_loss *")
         columns = self._tensor(_within("tensor", index)).shape[-1]
+        if factor is not None and factor.shape != (columns, columns):
+            raise LlamaError(f"a factor of {columns} columns: found shape {factor.shape}")
         check(lib.llama_quantize(self.handle, index, first, n, int(kind),
-                                 ffi.NULL if factor is None else _square(factor, columns),
+                                 ffi.NULL if factor is None else ffi.from_buffer("float[]", factor),
                                  _threads(threads), ffi.from_buffer(out, require_writable=True),
                                  n_bytes, loss))  # fmt: skip
         return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
-
-
-def _square(moments: Floats, columns: int) -> Any:
-    if moments.shape != (columns, columns):
-        raise LlamaError(f"moments of {columns} columns: found shape {moments.shape}")
-    return ffi.from_buffer("float[]", moments)
-
-
-def add_moments(moments: Floats, x: Floats, threads: int | None = None) -> None:
-    """MOMENTS (columns, columns), zeros at first, += x^T x for inputs X (n, columns); only the
-    lower triangle."""
-    n, columns = x.shape
-    check(lib.llama_add_moments(ffi.from_buffer("float[]", x), n, columns, _threads(threads),
-                                _square(moments, columns)))  # fmt: skip
-
-
-def factor_moments(moments: Floats, damping: float, threads: int | None = None) -> None:
-    """Factors MOMENTS in place, as llama_factor_moments in lib/llama.h says."""
-    columns = len(moments)
-    check(lib.llama_factor_moments(_square(moments, columns), columns, damping,
-                                   _threads(threads)))  # fmt: skip
 
 
 def _threads(count: int | None) -> int:
@@ -429,27 +410,6 @@ class Engine:
         with self._turn:
             check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", room)))
         return out
-
-    def run_stage(
-        self, layer: int, stage: int, stream: Floats, given: Floats,
-        blocks: Mapping[int, tuple[Kind, NDArray[np.uint8]]],
-    ) -> Floats:  # fmt: skip
-        """One stage of LAYER over one text: llama_run_stage in lib/llama.h. Changes STREAM
-        (n, dim), takes what the stage before gave, and gives (n, columns) inputs of the matrices
-        that are next. BLOCKS by place (wq, wk, wv, wo, w1, w3, w2) stand for the model's own."""
-        c = self.config
-        width = {1: c.n_heads * c.head_dim, 3: c.hidden_dim}.get(stage, c.dim)
-        inputs = np.empty((len(stream), width), np.float32)
-        s = ffi.new("llama_stage *")
-        s.layer, s.stage, s.n = layer, stage, len(stream)
-        alive = [ffi.from_buffer("float[]", array) for array in (stream, given, inputs)]
-        s.stream, s.given, s.inputs = alive
-        for place, (kind, data) in (blocks or {}).items():
-            alive.append(ffi.from_buffer(data))
-            s.kinds[place], s.blocks[place] = int(kind), alive[-1]
-        with self._turn:
-            check(lib.llama_run_stage(self.handle, s))
-        return inputs
 
     def length(self, sequence: int) -> int:
         """Positions that SEQUENCE holds."""

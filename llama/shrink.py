@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama import golden
-from llama.calibrate import Blocks, Calibration, aligned, hold_out, texts_of
+from llama.calibrate import Calibration, hold_out, texts_of
 from llama.cli import say
 from llama.distance import Deviation, Distance, measure
 from llama.engine import Floats, Loss, Model, Tensor
 from llama.errors import LlamaError
 from llama.format import Head, Record, TokenizerKind, Writer
 from llama.quant import TILE_ROWS, Kind, matrix_bytes
+from llama.stages import Blocks, aligned
 
 BITS = {8: Kind.Q8, 4: Kind.Q4}
 KEEP_8_BITS = ("tok_embeddings.weight", "output.weight")
@@ -152,7 +153,7 @@ def shrink(
         receipt = Receipt(source.name, bits, model.config.file_bytes, 0, 0.0, {},
                           source_sha256=model.fingerprint.hex(), command=command)  # fmt: skip
         name, data = model.tokenizer
-        room = " " * (2048 + 2 * len(command) + sum(len(t.name) + 40 for t in tensors))
+        room = " " * (4096 + 12 * len(command) + sum(len(t.name) + 40 for t in tensors))
         writer = Writer(
             out, model.config, records, tokenizer=(TokenizerKind[name.upper()], data),
             meta={**model.meta, golden.KEY: golden.room(model.config), "quantize.receipt": room},
@@ -163,7 +164,10 @@ def shrink(
             held_out: list[list[int]] = []
             if calibrate is not None and bits == 4:
                 texts, held_out = _texts(source, calibrate, receipt, threads)
-                calibration = stack.enter_context(Calibration(source, texts, threads))
+                if texts:
+                    calibration = stack.enter_context(Calibration(source, texts, threads))
+                else:
+                    say("not calibrated: only a language model writes texts; --calibrate FILE")
             _Work(model, writer, receipt, threads, calibration).convert()
             weights = sum(math.prod(t.shape) for t in tensors)
             receipt.bytes_after = writer.file_bytes
@@ -186,7 +190,10 @@ def _texts(
     n = calibrate.tokens + calibrate.tokens // 15  # and what is held out
     with tqdm(total=n, unit="tok", leave=False, desc="writing texts",
               disable=True if calibrate.file else None) as bar:  # fmt: skip
-        texts, held_out = hold_out(texts_of(source, n, calibrate.file, threads, bar.update))
+        found = texts_of(source, n, calibrate.file, threads, bar.update)
+    if not found:
+        return [], []
+    texts, held_out = hold_out(found)
     receipt.calibration = calibrate.file.name if calibrate.file else OWN
     receipt.calibration_tokens = sum(map(len, texts))
     return texts, held_out

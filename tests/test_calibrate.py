@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from test_quantize import SHAPE, command, write
 
 from llama import checkpoints, format
-from llama.calibrate import DAMPING, Calibration, aligned, hold_out, texts_of
+from llama.calibrate import DAMPING, Calibration, hold_out, texts_of
 from llama.config import Config, Head, Rope
-from llama.distance import Distance, measure
-from llama.engine import Model, add_moments, factor_moments
+from llama.distance import Deviation, Distance, measure
+from llama.engine import Model
 from llama.errors import LlamaError
 from llama.quant import Kind, matrix_bytes, tile, untile
 from llama.shrink import Calibrate, read_receipt, shrink
+from llama.stages import add_moments, aligned, factor_moments
 
 Matrix = np.ndarray
 RNG = np.random.default_rng
@@ -189,7 +190,7 @@ def test_blocks_for_any_threads_and_chunks(tmp_path: Path) -> None:
 
 def test_factor_of_another_size(tmp_path: Path) -> None:
     one = One(tmp_path, np.zeros((16, 32), np.float32))
-    with pytest.raises(LlamaError, match="moments of 32 columns"):
+    with pytest.raises(LlamaError, match="a factor of 32 columns"):
         one.encode(np.eye(31, dtype=np.float32))
 
 
@@ -370,12 +371,32 @@ SHORT = Calibrate(tokens=300)
 
 
 @pytest.mark.parametrize("head", [Head.LM, Head.NONE, Head.SEQUENCE])
-def test_any_head(tmp_path: Path, head: Head) -> None:
+def test_any_head(
+    stories: Path, tmp_path: Path, head: Head, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that writes no texts, nor has a tokenizer to read one, is told so and rounded."""
     labels = 3 if head == Head.SEQUENCE else 0
     source = write(tmp_path / "m.bin", replace(SHAPE, head=head, n_labels=labels))
     receipt = shrink(source, tmp_path / "q.bin", 4, calibrate=SHORT)
-    assert receipt.calibration_tokens >= 256 and receipt.held_out is not None
-    assert receipt.calibration_tokens + receipt.held_out.n >= 320
+    assert (receipt.calibration_tokens >= 300) == (head == Head.LM)
+    assert (receipt.held_out is None) == (head != Head.LM)
+    assert ("not calibrated" in capsys.readouterr().err) == (head != Head.LM)
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 100)
+    with pytest.raises(LlamaError, match="tokenizer"):
+        shrink(source, tmp_path / "r.bin", 4, calibrate=Calibrate(tmp_path / "text.txt"))
+
+
+def test_a_head_of_labels_reads_a_file(stories: Path, tmp_path: Path) -> None:
+    found = format.read(stories)
+    shape = replace(found.config, head=Head.SEQUENCE, n_labels=3, tied=False)
+    source = small_models.write_bin(
+        tmp_path / "m.bin", shape, tokenizer=found.tokenizer, meta=found.meta
+    )
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 100)
+    calibrate = Calibrate(tmp_path / "text.txt", 256)
+    receipt = shrink(source, tmp_path / "q.bin", 4, calibrate=calibrate)
+    assert receipt.calibration == "text.txt" and receipt.calibration_tokens >= 200
+    assert isinstance(receipt.held_out, Deviation)
 
 
 def test_same_file_twice_and_for_any_threads(tmp_path: Path) -> None:

@@ -71,9 +71,11 @@ MAY_IMPORT = {
     "distance": {"cli", "config", "engine", "tokenizer"},
     "golden": {"config", "engine", "format", "tokenizer"},
     "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
-    "calibrate": {"config", "engine", "quant", "sampling", "tokenizer"},
+    "stages": {"_lib", "engine", "quant"},
+    "calibrate": {"config", "engine", "sampling", "stages", "tokenizer"},
     "info": {"config", "engine", "golden", "shrink", "tokenizer"},
-    "shrink": {"calibrate", "cli", "distance", "engine", "format", "golden", "quant"},
+    "shrink": {"calibrate", "cli", "distance", "engine", "format", "golden", "quant",
+               "stages"},
     "__init__": {"generate", "infill", "request", "sampling"},
 }
 
