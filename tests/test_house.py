@@ -26,6 +26,7 @@ MAY_INCLUDE = {
     "cache": INSIDE | {"cache.h"},
     "sampler": {"sampler.h", "llama.h", "error.h"},
     "encode": INSIDE | {"encode.h", "format.h", "cpu/kernels.h", "cpu/pool.h"},
+    "moments": {"moments.h", "error.h", "cpu/kernels.h", "cpu/pool.h"},
     "backend": {"cache.h", "model.h"},
     "error": set(),
     "cpu/forward": {"backend.h", "error.h", "rope.h", "cpu/kernels.h", "cpu/matmul.h",
@@ -73,8 +74,11 @@ MAY_IMPORT = {
     "harness": {"cli", "generate", "sampling"},
     "golden": {"config", "engine", "format", "tokenizer"},
     "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
+    "stages": {"_lib", "engine", "quant"},
+    "calibrate": {"config", "engine", "sampling", "stages", "tokenizer"},
     "info": {"config", "engine", "golden", "shrink", "tokenizer"},
-    "shrink": {"cli", "distance", "engine", "format", "golden", "quant"},
+    "shrink": {"calibrate", "cli", "distance", "engine", "format", "golden", "quant",
+               "stages"},
     "__init__": {"generate", "infill", "request", "sampling"},
 }
 
