@@ -116,13 +116,16 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
                         llama_loss *loss, size_t n_rows) {
     const size_t columns = e->tensor->is.shape[1];
     float values[GROUP * TILE_ROWS] = {0}, importance[GROUP] = {0};
-    float scale[TILE_ROWS], shift[TILE_ROWS];
+    float scale[TILE_ROWS], shift[TILE_ROWS], largest = 0;
     tile += first * TILE_ROWS;
     for (size_t c = 0; c < n; c++) {
         importance[c] = e->factor[(first + c) * columns + first + c];
+        largest = importance[c] > largest ? importance[c] : largest;
         for (size_t r = 0; r < TILE_ROWS; r++)
             values[c * TILE_ROWS + r] = tile[c * TILE_ROWS + r] + moved[c * stride + r];
     }
+    // shares, whose products neither overflow nor vanish
+    for (size_t c = 0; c < n; c++) importance[c] = largest > 0 ? importance[c] / largest : 1;
     e->kernels->fit_q4(values, importance, scale, shift);
     for (size_t c = 0; c < n; c++) {
         const float *asks = e->factor + (first + c) * columns + first;

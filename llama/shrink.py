@@ -80,7 +80,10 @@ class Receipt:
         worst = sorted(self.errors.items(), key=lambda entry: -entry[1])[:WORST]
         yield "largest: " + ", ".join(f"{name} {100 * error:.3f}%" for name, error in worst)
         if self.calibration_tokens:
-            yield f"calibrated with {self.calibration_tokens:,} tokens of {self.calibration}"
+            yield (
+                f"calibrated with {self.calibration_tokens:,} tokens of {self.calibration}, which "
+                "makes the weights' errors larger and those of the answers smaller"
+            )
         for distance in (self.held_out, self.distance):
             if distance is not None:
                 yield f"from the source: {distance}"
