@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "talk": {"cli", "completion", "config", "generate", "machine", "overflow", "sampling"},
     "bench": {"cli", "engine", "machine"},
     "distance": {"config", "engine", "tokenizer"},
-    "eval": {"cli", "config", "distance", "engine", "machine", "tokenizer"},
+    "eval": {"cli", "config", "distance", "engine", "machine", "reward", "tokenizer"},
     "harness": {"cli", "generate", "sampling"},
     "golden": {"config", "engine", "format", "tokenizer"},
     "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
