@@ -57,7 +57,7 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
         "none: a base model" if c.head == Head.LM else "none"
     )
     if "infill.refused" in meta:
-        yield "infilling", f"no: {meta['infill.refused']}"
+        yield "infilling", f"no: {meta['infill.refused']!s}"
     elif "infill.tokens" in meta:
         yield "infilling", "yes"
     try:
