@@ -228,9 +228,9 @@ int llama_fork(llama_session *session, int32_t from, int32_t to, uint32_t length
 /* Drops positions [first, first + count) and moves those that follow COUNT positions down, their
  * keys turned back by as much, so that positions go on without a gap (arXiv:2309.17453). What
  * stays still holds what it learned from the dropped tokens: it is no fresh run of its own. With
- * an f16 or q8 cache each slide rounds the moved keys once more. Sequences that share pages with this
- * one are not touched. Not under LLAMA_ROPE_DYNAMIC in a session longer than the model's original
- * length: keys there were turned by bases of their own. A failure changes nothing. */
+ * an f16 or q8 cache each slide rounds the moved keys once more. Sequences that share pages with
+ * this one are not touched. Not under LLAMA_ROPE_DYNAMIC in a session longer than the model's
+ * original length: keys there were turned by bases of their own. A failure changes nothing. */
 int llama_slide(llama_session *session, int32_t sequence, uint32_t first, uint32_t count);
 
 /* The keys and values of positions [first, first + n), in a layout that no device has for its

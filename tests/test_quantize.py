@@ -65,7 +65,8 @@ def test_every_tensor_within_its_bound(tmp_path: Path, bits: int) -> None:
         for c in range(0, a.shape[1], 32):
             group, error = a[:, c : c + 32], np.abs(a - b)[:, c : c + 32]
             step = np.abs(group).max(axis=1) / (127 if expected == Kind.Q8 else 7)
-            assert (error <= step[:, None] * (0.51 if expected == Kind.Q8 else 1.01)).all()
+            # 8 bits cut off as much of the largest as serves the others
+            assert (error <= step[:, None] * (1.6 if expected == Kind.Q8 else 1.01)).all()
         told = receipt.errors[name]
         assert told == pytest.approx(np.sqrt(((a - b) ** 2).sum() / (a**2).sum()), rel=1e-3)
 
@@ -183,8 +184,8 @@ def test_odd_groups(values: np.ndarray) -> None:
                 assert loss.max_error == pytest.approx(error.max(), rel=1e-6, abs=1e-30)
                 for c in (0, 32):
                     top = np.abs(values[:, c : c + 32]).max(axis=1)
-                    # half a step, the scale's rounding to f16, and f16's smallest step
-                    bound = top / levels * (0.6 if kind == Kind.Q8 else 1.01) + levels * 6e-8
+                    # a step and what the search cuts off, and the scale's smallest step
+                    bound = top / levels * (1.6 if kind == Kind.Q8 else 1.01) + levels * 6e-8
                     assert (error[:, c : c + 32] <= bound[:, None]).all()
                     zero = (values[:, c : c + 32] == 0).all(axis=1)
                     assert (after[:, c : c + 32][zero] == 0).all()
