@@ -1,5 +1,5 @@
-# make run, make test, make bench: each sets up what it needs, once, and prints the plain commands
-# that it runs, so that they can be typed by hand too.
+# make run, make test, make bench and the longer tests: each sets up what it needs, once, and prints
+# the plain commands that it runs, so that they can be typed by hand too.
 
 PYTHON ?= python3
 MAKEFLAGS += --no-print-directory
@@ -7,12 +7,20 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test bench
+.PHONY: run test test-long tokenizers bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
 test: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest
+
+# the random texts of the suite, 50 times as many for each vocabulary
+tokenizers: .venv/requirements-dev build/built
+	$(IN) python3 -m pytest tests/test_random_texts.py --texts 100000
+
+# the passkey at lengths that take minutes
+test-long: .venv/requirements-dev build/built
+	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 
 def main() -> int:
@@ -18,11 +19,19 @@ def main() -> int:
     )
     parser.add_argument(
         "--date", metavar="DATE",
-        help='the day that Llama 3.1 and later are told, "26 Jul 2024" (default: as its '
-        "template has it)",
+        help='the day that Llama 3.1 and later are told, "26 Jul 2024" (default: as the model\'s '
+        "template has it; from Meta's own files, which have none, no date)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--session", type=Path, metavar="FILE",
+        help="go on with the conversation in FILE, with the model that began it, and keep it "
+        "there; a new FILE begins one",
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)
+    cli.add_overflow_flags(
+        parser, None, "slide, by whole turns; if the model cannot, turns go between answers only"
+    )
     args = parser.parse_args()
 
     def work() -> int:

@@ -45,6 +45,11 @@ def main() -> int:
         "model's own; llama3's 1,4,8192)",
     )  # fmt: skip
     parser.add_argument(
+        "--infill", choices=["yes", "no"],
+        help="whether the model was trained to infill (default: inferred from its vocabulary, "
+        "name and shape)",
+    )  # fmt: skip
+    parser.add_argument(
         "--lora", type=Path, action="append", default=[], metavar="DIR",
         help="a PEFT adapter's directory, merged into the weights; several are merged in order",
     )  # fmt: skip
@@ -54,8 +59,10 @@ def main() -> int:
         from llama import checkpoints
         from llama.checkpoints import default
 
+        infill = None if args.infill is None else args.infill == "yes"
         options = checkpoints.Options(
-            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, tuple(args.lora)
+            args.tokenizer, args.template, args.max_seq_len, args.rope_scaling, infill,
+            tuple(args.lora),
         )
         source = args.source or checkpoints.find(cli.DEFAULT_BIN.parent)
         if source is None:

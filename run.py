@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Completes a prompt, given as an argument or on standard input; stdout carries only the text."""
+"""Completes a prompt, given as an argument or on standard input; stdout carries only the text.
+
+Of a model that judges texts it prints what it says about the prompt: a classifier's label and
+score, a reward, each token's label, or the embedding as JSON.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,24 @@ def main() -> int:
         "prompt", nargs="?", metavar="PROMPT", help="the text to complete (default: stdin's)"
     )
     parser.add_argument(
-        "--echo", action="store_true", help="print the prompt before its completion"
-    )
+        "--echo", action="store_true",
+        help="print the prompt with its completion, and score its tokens with --logprobs",
+    )  # fmt: skip
     parser.add_argument("--ids", metavar="N,N,...", help="token ids in place of a text")
     parser.add_argument(
+        "--prefix", type=Path, metavar="FILE",
+        help="fill the gap between this text and --suffix's, if the model can; - is stdin",
+    )  # fmt: skip
+    parser.add_argument("--suffix", type=Path, metavar="FILE", help="what stands behind the gap")
+    parser.add_argument(
+        "--infill-order", choices=["psm", "spm"],
+        help="which of the two the model reads first: prefix (psm, default) or suffix (spm)",
+    )  # fmt: skip
+    parser.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl",
-        help='complete many together: a line is "text" or {"prompt": "text", "max_tokens": 8, ...} '
-        "and gives a line of JSON, in order; - is stdin",
+        help='complete many together: a line is "text", {"prompt": "text", "max_tokens": 8, '
+        '"n": 2, ...} or {"prefix": "text", "suffix": "text", ...} and gives a line of JSON, in '
+        "order; - is stdin",
     )  # fmt: skip
     parser.add_argument(
         "--n", type=int, metavar="N",
@@ -51,10 +66,18 @@ def main() -> int:
     )
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
+    cli.add_overflow_flags(parser, "stop", "stop")
     args = parser.parse_args()
-    if sum(given is not None for given in (args.prompt, args.ids, args.prompts)) > 1:
-        parser.error("give one of PROMPT, --ids and --prompts")
-    given = args.prompt is not None or args.ids is not None or args.prompts is not None
+    if (args.prefix is None) != (args.suffix is None):
+        parser.error("give both --prefix and --suffix")
+    if args.prefix is not None and str(args.prefix) == str(args.suffix) == "-":
+        parser.error("only one of --prefix and --suffix can be stdin")
+    if args.infill_order is not None and args.prefix is None:
+        parser.error("--infill-order needs --prefix and --suffix")
+    prompts = (args.prompt, args.ids, args.prompts, args.prefix)
+    given = sum(prompt is not None for prompt in prompts)
+    if given > 1:
+        parser.error("give one of PROMPT, --ids, --prompts and --prefix")
     if args.reward_bin is not None and args.best_of is None:
         parser.error("--reward-bin needs --best-of, how many completions it chooses from")
     no_prompt = "--selftest" if args.selftest else "--info" if args.info else None

@@ -32,6 +32,11 @@ struct backend {
     struct pages (*pages)(void *state);
     /* logits (wanted, n_outputs), or hidden states (wanted, dim), in row order. */
     int (*forward)(void *state, const struct rows *rows, float *logits);
+    /* Keys and values of positions [first, first + n), in llama.h's plain layout; the pages are
+     * there, and to write in. */
+    int (*read)(void *state, const struct sequence *of, uint32_t first, uint32_t n, void *out);
+    int (*write)(void *state, const struct sequence *of, uint32_t first, uint32_t n,
+                 const void *in);
 };
 
 extern const struct backend backend_cpu;

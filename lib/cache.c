@@ -95,6 +95,47 @@ void cache_trim(struct cache *c, int32_t sequence, uint32_t length) {
     drop_pages(c, s, pages_for(s->length));
 }
 
+/* The pages that S would have if what follows FIRST moved: those it holds alone in place, new
+ * ones where it shares. */
+static int slide_pages(struct cache *c, const struct sequence *s, uint32_t first,
+                       struct sequence *to) {
+    const uint32_t n = pages_for(to->length);
+    if (make_room(to, n)) return -1;
+    for (uint32_t i = 0; i < n; i++, to->n_pages++) {
+        const uint32_t id = s->ids[i];
+        set(c, to, i, id);
+        if ((i + 1) * PAGE_POSITIONS <= first || c->all[id].uses == 1) continue;
+        const int64_t fresh = take(c);
+        if (fresh < 0) return -1;
+        set(c, to, i, (uint32_t)fresh);
+        if (i * PAGE_POSITIONS < first)
+            c->pages.copy(c->pages.device, c->all[fresh].handle, c->all[id].handle);
+    }
+    return 0;
+}
+
+/* Lets go of what IDS holds and OTHER, at the same places, does not. */
+static void drop_others(struct cache *c, const struct sequence *s, const struct sequence *other) {
+    for (uint32_t i = 0; i < s->n_pages; i++)
+        if (i >= other->n_pages || s->ids[i] != other->ids[i]) c->all[s->ids[i]].uses--;
+}
+
+int cache_slide(struct cache *c, int32_t sequence, uint32_t first, uint32_t count) {
+    struct sequence *s = &c->sequences[sequence];
+    struct sequence to = {.length = s->length - count};
+    const int rc = slide_pages(c, s, first, &to);
+    if (!rc) {
+        c->pages.slide(c->pages.device, s->handles, to.handles, first, count, to.length);
+        const struct sequence before = *s;
+        *s = to;
+        to = before;
+    }
+    drop_others(c, &to, s);
+    free(to.ids);
+    free(to.handles);
+    return rc;
+}
+
 int cache_fork(struct cache *c, int32_t from, int32_t to, uint32_t length) {
     const struct sequence *source = &c->sequences[from];
     struct sequence *s = &c->sequences[to];

@@ -14,6 +14,10 @@ struct pages {
     void *device;
     void *(*make)(void *device);                       // NULL with fail() when out of memory
     void (*copy)(void *device, void *to, const void *from);
+    /* Moves positions [first + count, length + count) of the pages FROM to [first, length) of the
+     * pages TO, keys turned COUNT positions back; a page may be in both, at the same index. */
+    void (*slide)(void *device, void *const *from, void *const *to, uint32_t first,
+                  uint32_t count, uint32_t length);
     void (*destroy)(void *device, void *page);
 };
 
@@ -45,6 +49,9 @@ int cache_reserve(struct cache *cache, int32_t sequence, uint32_t length);
 void cache_commit(struct cache *cache, int32_t sequence, uint32_t length);
 /* Forgets positions from LENGTH on, and pages reserved beyond it. */
 void cache_trim(struct cache *cache, int32_t sequence, uint32_t length);
+/* Drops positions [first, first + count) and moves those that follow them down. A failure leaves
+ * the sequence as it was; other sequences that share its pages keep them as they were. */
+int cache_slide(struct cache *cache, int32_t sequence, uint32_t first, uint32_t count);
 /* TO becomes the first LENGTH positions of FROM; a failure leaves TO as it was. */
 int cache_fork(struct cache *cache, int32_t from, int32_t to, uint32_t length);
 #endif

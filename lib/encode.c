@@ -1,6 +1,7 @@
 /* encode.c: strips are independent, so threads take them in any order and the bytes, and the
  * loss, added up strip by strip, come out the same. */
 #include "encode.h"
+#include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "error.h"
 #include <math.h>
@@ -14,6 +15,7 @@ struct encoding {
     size_t first;              // row
     uint8_t *out;
     size_t strip_bytes;
+    const struct kernels *kernels;
     llama_loss *losses;        // (strips)
     atomic_size_t bad;         // 1 + the index of a weight that the kind cannot hold; 0: none
     atomic_int out_of_memory;
@@ -32,6 +34,26 @@ static void loss_add(llama_loss *loss, const struct block_values *v, size_t widt
             loss->sum_squared_error += error * error;
             loss->max_error = fmax(loss->max_error, fabs(error));
         }
+}
+
+/* One block; the columns from N on are not there. The search goes by the fastest kernels. */
+static void encode_block(const struct encoding *e, const float *values, size_t n, void *block) {
+    float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
+    if (e->kind->columns == 1) {
+        e->kind->encode(values, block);
+        return;
+    }
+    for (size_t c = 0; c < GROUP; c++) {
+        importance[c] = c < n;
+        for (size_t r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
+    }
+    if (e->kind == kind_find(LLAMA_Q8)) {
+        e->kernels->fit_q8(turned, scale);
+        q8_pack(turned, scale, block);
+    } else {
+        e->kernels->fit_q4(turned, importance, scale, shift);
+        q4_pack(turned, scale, shift, block);
+    }
 }
 
 /* Blocks of the two kinds may differ in width, so a strip is decoded whole, row by row into
@@ -55,7 +77,7 @@ static void encode_strip(struct encoding *e, size_t strip, float *rows, struct b
         memset(v->before, 0, sizeof v->before);
         for (size_t r = 0; r < n_rows; r++)
             memcpy(v->before + r * width, rows + r * columns + c, n * sizeof *rows);
-        e->kind->encode(v->before, out);
+        encode_block(e, v->before, n, out);
         kind_decode(e->kind, out, v->after);
         loss_add(&e->losses[strip], v, width, n_rows, n);
     }
@@ -90,6 +112,7 @@ int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struc
     struct encoding e = {
         .tensor = tensor, .kind = kind, .first = first, .out = out,
         .strip_bytes = kind_strip_bytes(kind, tensor->is.shape[1]),
+        .kernels = kernels_find(NULL),
         .losses = calloc(strips + 1, sizeof *e.losses),
     };
     if (!e.losses) return fail("out of memory for quantising %s", tensor->is.name);

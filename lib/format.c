@@ -80,6 +80,7 @@ static int check_envelope(struct file *f) {
                     f->bytes < file_bytes ? "cut short" : "too long", (ull)file_bytes, f->bytes);
     if (header_bytes < HEADER_BYTES || header_bytes > f->bytes || header_bytes % ALIGN)
         return fail("%s: damaged: header of %llu bytes", f->path, (ull)header_bytes);
+    f->header_bytes = (size_t)header_bytes;
     const uint8_t zero[4] = {0};
     uint32_t crc = crc32_add(crc32_add(0, h, 12), zero, 4);
     crc = crc32_add(crc, h + 16, (size_t)header_bytes - 16);

@@ -16,7 +16,7 @@ struct tensor {
 struct file {
     char *path;
     const uint8_t *base;     // the whole file, mapped
-    size_t bytes;
+    size_t bytes, header_bytes;
     llama_config config;
     struct tensor *tensors;  // (n_tensors), in the file's order
     size_t n_tensors;

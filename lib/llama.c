@@ -7,6 +7,7 @@
 #include "encode.h"
 #include "error.h"
 #include "model.h"
+#include "rope.h"
 #include "sampler.h"
 #include <pthread.h>
 #include <stdarg.h>
@@ -90,6 +91,13 @@ int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t 
     *bytes = f->tokenizer;
     *n_bytes = f->tokenizer_bytes;
     return f->tokenizer_kind;
+}
+
+int llama_get_header(const llama_model *model, const uint8_t **bytes, size_t *n_bytes) {
+    if (!model || !bytes || !n_bytes) return fail("llama_get_header: an argument is NULL");
+    *bytes = model->model.file.base;
+    *n_bytes = model->model.file.header_bytes;
+    return 0;
 }
 
 int llama_verify(const llama_model *model, size_t tensor) {
@@ -286,11 +294,15 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
     return rc;
 }
 
+static int check_process(const llama_session *s) {
+    if (s->process == getpid()) return 0;
+    return fail("this session belongs to another process, which forked: open one here");
+}
+
 int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
     if (!s || !batch || (batch->n && !(batch->tokens && batch->sequences && batch->positions)))
         return fail("llama_forward: an argument is NULL");
-    if (s->process != getpid())
-        return fail("this session belongs to another process, which forked: open one here");
+    if (check_process(s)) return -1;
     pthread_mutex_lock(&s->lock);
     int rc = forward_locked(s, batch, logits);
     pthread_mutex_unlock(&s->lock);
@@ -334,6 +346,77 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
     int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
                                  : fail("cannot fork %u positions of sequence %d: it has %u",
                                         length, from, q->length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int slide_locked(llama_session *s, int32_t sequence, uint32_t first, uint32_t count) {
+    const llama_config *c = &s->model->model.config;
+    const uint32_t length = s->cache.sequences[sequence].length;
+    if (first > length || count > length - first)
+        return fail("cannot drop %u positions from %u on of sequence %d: it has %u", count, first,
+                    sequence, length);
+    if (rope_length(c, (int32_t)s->info.max_seq_len, 0))
+        return fail("a context of %u tokens cannot slide: the model's dynamic rope scaling turns "
+                    "keys by bases of their own beyond %.0f", s->info.max_seq_len,
+                    (double)c->rope_numbers[1]);
+    if (first + count == length) return cache_trim(&s->cache, sequence, first), 0;
+    return count ? cache_slide(&s->cache, sequence, first, count) : 0;
+}
+
+int llama_slide(llama_session *s, int32_t sequence, uint32_t first, uint32_t count) {
+    if (!sequence_find(s, sequence) || check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = slide_locked(s, sequence, first, count);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+/* That N positions from FIRST on lie within [0, END), and take N_BYTES. */
+static int check_kv(const llama_session *s, int32_t sequence, uint32_t first, uint32_t n,
+                    size_t n_bytes, uint32_t end) {
+    if (first > end || n > end - first)
+        return fail("positions %u to %llu of sequence %d, expected at most %u", first,
+                    (unsigned long long)first + n, sequence, end);
+    if (n_bytes != n * s->info.kv_bytes_per_position)
+        return fail("%zu bytes of keys and values for %u positions, expected %llu", n_bytes, n,
+                    (unsigned long long)(n * s->info.kv_bytes_per_position));
+    return 0;
+}
+
+int llama_read_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, void *kv,
+                  size_t n_bytes) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q || check_process(s)) return -1;
+    if (!kv) return fail("llama_read_kv: kv is NULL");
+    pthread_mutex_lock(&s->lock);
+    int rc = check_kv(s, sequence, first, n, n_bytes, q->length);
+    if (!rc && n) rc = s->backend->read(s->state, q, first, n, kv);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int write_locked(llama_session *s, int32_t sequence, uint32_t first, uint32_t n,
+                        const void *kv, size_t n_bytes) {
+    const struct sequence *q = &s->cache.sequences[sequence];
+    if (first != q->length)
+        return fail("keys and values for position %u of sequence %d, expected %u, its length",
+                    first, sequence, q->length);
+    if (check_kv(s, sequence, first, n, n_bytes, s->info.max_seq_len)) return -1;
+    if (!n) return 0;
+    if (cache_reserve(&s->cache, sequence, first + n)) return -1;
+    int rc = s->backend->write(s->state, q, first, n, kv);
+    if (rc) cache_trim(&s->cache, sequence, first);
+    else cache_commit(&s->cache, sequence, first + n);
+    return rc;
+}
+
+int llama_write_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, const void *kv,
+                   size_t n_bytes) {
+    if (!sequence_find(s, sequence) || check_process(s)) return -1;
+    if (!kv) return fail("llama_write_kv: kv is NULL");
+    pthread_mutex_lock(&s->lock);
+    int rc = write_locked(s, sequence, first, n, kv, n_bytes);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -32,7 +32,7 @@ enum {
     LLAMA_F16 = 1,  // 16
     LLAMA_BF16 = 2, // 16
     LLAMA_Q8 = 3,   // 8.5: int8 codes, one f16 scale for 32 columns of a row
-    LLAMA_Q4 = 4    // 4.5: 4-bit codes, one f16 scale for 32 columns of a row
+    LLAMA_Q4 = 5    // 4.5: 4-bit codes of uneven levels, a scale and a shift for 32 columns
 };
 
 enum {
@@ -113,6 +113,10 @@ int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tenso
 int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta);
 /* The tokenizer's own file, byte for byte; returns LLAMA_TOKENIZER_*, or -1. */
 int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes);
+
+/* Everything in the file before the tensor data, byte for byte. Each tensor's checksum stands in
+ * it, so a hash of it tells one model from another. */
+int llama_get_header(const llama_model *model, const uint8_t **bytes, size_t *n_bytes);
 
 /* Reads a tensor's data and compares its checksum with the recorded one. */
 int llama_verify(const llama_model *model, size_t tensor);
@@ -206,6 +210,25 @@ int llama_length(llama_session *session, int32_t sequence, uint32_t *length);
 int llama_trim(llama_session *session, int32_t sequence, uint32_t length);
 /* Makes TO a copy of the first LENGTH positions of FROM, sharing pages; TO must differ. */
 int llama_fork(llama_session *session, int32_t from, int32_t to, uint32_t length);
+
+/* Drops positions [first, first + count) and moves those that follow COUNT positions down, their
+ * keys turned back by as much, so that positions go on without a gap (arXiv:2309.17453). What
+ * stays still holds what it learned from the dropped tokens: it is no fresh run of its own. With
+ * an f16 or q8 cache each slide rounds the moved keys once more. Sequences that share pages with
+ * this one are not touched. Not under LLAMA_ROPE_DYNAMIC in a session longer than the model's
+ * original length: keys there were turned by bases of their own. A failure changes nothing. */
+int llama_slide(llama_session *session, int32_t sequence, uint32_t first, uint32_t count);
+
+/* The keys and values of positions [first, first + n), in a layout that no device has for its
+ * own: (n, n_layers, 2, n_kv_heads, head_dim) numbers of the session's KV kind, a layer's keys,
+ * as they were stored (turned by their position), before its values. N_BYTES is exactly
+ * n * kv_bytes_per_position; in q8 a head's head_dim codes are followed by their scale, and keys
+ * are turned by a Hadamard matrix too. llama_write_kv adds them at FIRST, the sequence's length:
+ * the sequence is then as if it had computed those tokens. */
+int llama_read_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n, void *kv,
+                  size_t n_bytes);
+int llama_write_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n,
+                   const void *kv, size_t n_bytes);
 
 /* How logits become a token, applied in the order of the fields: transformers' order, with the
  * two penalties that it lacks next to the one it has. */

@@ -3,7 +3,8 @@
  * Clear rather than fast: kernels never come here. Decoding serves embedding rows and checks;
  * encoding serves quantize.py, once a model. Both are exact about rounding, because what they
  * write is what every kernel on every machine reads. */
-#include "quant.h"
+#include "fit.h"
+#include "llama.h"
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -107,119 +108,80 @@ static void decode_row_q8(const void *block, uint32_t row, float *values) {
         values[c] = d * (float)b->q[c / 4][row][c % 4];
 }
 
-/* The codes are computed with the scale as it is stored, so rounding the scale costs nothing
- * but the clamp of the largest weight. */
-static void encode_q8(const float *values, void *block) {
-    struct block_q8 *b = block;
-    for (int r = 0; r < TILE_ROWS; r++, values += GROUP) {
-        float largest = 0;
-        for (int c = 0; c < GROUP; c++)
-            largest = fabsf(values[c]) > largest ? fabsf(values[c]) : largest;
-        b->d[r] = f32_to_f16(largest / 127);
-        float d = f16_to_f32(b->d[r]);
+void q8_pack(const float *values, const float *scale, struct block_q8 *b) {
+    for (int r = 0; r < TILE_ROWS; r++) {
+        b->d[r] = f32_to_f16(scale[r]);
         for (int c = 0; c < GROUP; c++) {
-            float code = d > 0 ? values[c] / d : 0;
+            float code = scale[r] > 0 ? values[c * TILE_ROWS + r] / scale[r] : 0;
             code = round_even(code < -127 ? -127 : code > 127 ? 127 : code);
             b->q[c / 4][r][c % 4] = (int8_t)code;
         }
     }
 }
 
+static void turn(const float *values, float turned[GROUP * TILE_ROWS]) {
+    for (int c = 0; c < GROUP; c++)
+        for (int r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
+}
+
+static void encode_q8(const float *values, void *block) {
+    float turned[GROUP * TILE_ROWS], scale[TILE_ROWS];
+    turn(values, turned);
+    fit_q8(turned, scale);
+    q8_pack(turned, scale, block);
+}
+
 // ---- q4
+
+static float q4_scale(uint16_t d) { return f16_to_f32(d & Q4_SCALE_BITS) / Q4_SCALE; }
 
 static void decode_row_q4(const void *block, uint32_t row, float *values) {
     const struct block_q4 *b = block;
-    float d = f16_to_f32(b->d[row]);
+    const float scale = q4_scale(b->d[row]);
+    const int shift = q4_shift(b->d[row]);
     for (int c = 0; c < GROUP / 2; c++) {
-        uint8_t byte = b->q[c / 4][row][c % 4];
-        values[c] = d * (float)((byte & 15) - 8);
-        values[c + GROUP / 2] = d * (float)((byte >> 4) - 8);
+        const uint8_t byte = b->q[c / 4][row][c % 4];
+        values[c] = scale * (float)(q4_levels[byte & 15] + shift);
+        values[c + GROUP / 2] = scale * (float)(q4_levels[byte >> 4] + shift);
     }
 }
 
-/* The search works on all rows of a block at once, columns outside and rows inside: each row is
- * one SIMD lane, so the compiler makes vectors of it without changing the order of any sum. */
-typedef float rows[TILE_ROWS];
-
-/* Rounded as round_even does, but clamped as an integer, which compilers make vectors of. */
-static int code_q4(float x, float inverse) {
-    int code = (int)(float_bits(x * inverse + 0x1.8p23f) - float_bits(0x1.8p23f));
-    code = code < -8 ? -8 : code;
-    return code > 7 ? 7 : code;
-}
-
-/* The codes q that INVERSE gives, met with their best scale, leave x^2 - (xq)^2 / q^2 of squared
- * error (sums over a row). Keeps the scale and the gain (xq)^2 / q^2 of the rows that improve. */
-static void keep_better_q4(rows x[GROUP], const rows inverse, rows scale, rows gain) {
-    rows xq = {0}, qq = {0};
-    for (int c = 0; c < GROUP; c++)
-        for (int r = 0; r < TILE_ROWS; r++) {
-            float q = (float)code_q4(x[c][r], inverse[r]);
-            xq[r] += x[c][r] * q;
-            qq[r] += q * q;
+void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *b) {
+    for (int r = 0; r < TILE_ROWS; r++) {
+        b->d[r] = (uint16_t)(f32_to_f16(scale[r] * Q4_SCALE) |
+                             ((int)shift[r] - Q4_LEAST_SHIFT) / 2);
+        for (int c = 0; c < GROUP; c++) {
+            const float y = scale[r] == 0 ? 0 : values[c * TILE_ROWS + r] / scale[r] - shift[r];
+            int code = 0;
+            for (int i = 0; i < 15; i++) code += y > q4_middles[i];
+            uint8_t *byte = &b->q[c % 16 / 4][r][c % 4];
+            *byte = c < GROUP / 2 ? (uint8_t)code : (uint8_t)(*byte | code << 4);
         }
-    for (int r = 0; r < TILE_ROWS; r++)
-        if (qq[r] > 0 && xq[r] * xq[r] / qq[r] > gain[r]) {
-            gain[r] = xq[r] * xq[r] / qq[r];
-            scale[r] = xq[r] / qq[r];
-        }
-}
-
-/* The extreme of a row lands at about code -8 or, with the other sign of scale, at about 7: nine
- * places around each, and the best of them refitted once more.
- * On normally distributed weights: 0.88 of the squared error of "extreme / -8" alone. */
-static void search_q4(rows x[GROUP], rows scale) {
-    static const float places[] = {-8, -7, -7.25f, -7.5f, -7.75f, -8.25f, -8.5f, -8.75f, -9,
-                                   7,  6,  6.25f,  6.5f,  6.75f,  7.25f,  7.5f,  7.75f,  8};
-    rows extreme = {0}, inverse, gain = {0};
-    for (int c = 0; c < GROUP; c++)
-        for (int r = 0; r < TILE_ROWS; r++)
-            extreme[r] = fabsf(x[c][r]) > fabsf(extreme[r]) ? x[c][r] : extreme[r];
-    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
-        for (int r = 0; r < TILE_ROWS; r++) // below 2^-100 f16 holds nothing of the row anyway
-            inverse[r] = fabsf(extreme[r]) < 0x1p-100f ? 0 : places[i] / extreme[r];
-        keep_better_q4(x, inverse, scale, gain);
     }
-    for (int r = 0; r < TILE_ROWS; r++)
-        inverse[r] = fabsf(scale[r]) < 0x1p-100f ? 0 : 1 / scale[r];
-    keep_better_q4(x, inverse, scale, gain);
 }
 
 static void encode_q4(const float *values, void *block) {
-    rows x[GROUP], scale = {0}, inverse;
-    for (int c = 0; c < GROUP; c++)
-        for (int r = 0; r < TILE_ROWS; r++)
-            x[c][r] = values[r * GROUP + c];
-    search_q4(x, scale);
-
-    struct block_q4 *b = block;
-    for (int r = 0; r < TILE_ROWS; r++) {
-        float s = scale[r] < -65504 ? -65504 : scale[r] > 65504 ? 65504 : scale[r];
-        b->d[r] = f32_to_f16(s);
-        s = f16_to_f32(b->d[r]);
-        inverse[r] = s == 0 ? 0 : 1 / s; // codes, like q8's, for the scale as it is stored
-    }
-    for (int c = 0; c < GROUP / 2; c++)
-        for (int r = 0; r < TILE_ROWS; r++) {
-            int low = code_q4(x[c][r], inverse[r]) + 8;
-            int high = code_q4(x[c + GROUP / 2][r], inverse[r]) + 8;
-            b->q[c / 4][r][c % 4] = (uint8_t)(low | high << 4);
-        }
+    float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
+    for (int c = 0; c < GROUP; c++) importance[c] = 1;
+    turn(values, turned);
+    fit_q4(turned, importance, scale, shift);
+    q4_pack(turned, scale, shift, block);
 }
 
 // ---- the table
 
 static const struct kind kinds[] = {
-    // LLAMA_F32 ... LLAMA_Q4, in the order of their numbers in llama.h
+    // by their numbers in llama.h; 4 was a kind of 16 equal steps
     {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32},
     {"f16", 1, 32, 65504, decode_row_f16, encode_f16},
     {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16},
     {"q8", GROUP, sizeof(struct block_q8), 127 * 65504.0f, decode_row_q8, encode_q8},
-    {"q4", GROUP, sizeof(struct block_q4), 8 * 65504.0f, decode_row_q4, encode_q4},
+    [LLAMA_Q4] = {"q4", GROUP, sizeof(struct block_q4), 107 * Q4_MOST_SCALE, decode_row_q4,
+                  encode_q4},
 };
 
 const struct kind *kind_find(uint32_t kind) {
-    return kind < sizeof kinds / sizeof *kinds ? &kinds[kind] : NULL;
+    return kind < sizeof kinds / sizeof *kinds && kinds[kind].name ? &kinds[kind] : NULL;
 }
 
 uint64_t kind_strip_bytes(const struct kind *kind, uint64_t columns) {

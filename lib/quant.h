@@ -21,11 +21,27 @@ struct block_q8 {
     int8_t q[GROUP / 4][TILE_ROWS][4];  // -127..127 from our encoder; a -128 met means -128
 };
 /* q4: GROUP columns; a byte holds column c < 16 in its low half and column c + 16 in its high
- * half. value(r, c) = f16(d[r]) * (code - 8),  code = half of q[c % 16 / 4][r][c % 4] */
+ * half. value(r, c) = scale[r] * (q4_levels[code] + shift[r]), code = half of
+ * q[c % 16 / 4][r][c % 4]
+ *
+ *   d[r]:  f16, its fraction cut to 4 bits: Q4_SCALE scale | 6 bits: shift / 2 + 32
+ *
+ * Weights crowd around their middle, so the levels do too; the scale's sign turns them over, as
+ * they reach further down than up, and the shift takes them to where a group's middle is. */
 struct block_q4 {
     uint16_t d[TILE_ROWS];
     uint8_t q[GROUP / 8][TILE_ROWS][4];
 };
+/* The levels that, each group with its best scale and shift, leave the least squared error of the
+ * matrices of a small Llama (Lloyd's method); half way between them. */
+static const int8_t q4_levels[16] = {-127, -101, -80, -63, -48, -34, -22, -10,
+                                     2,    13,   26,  38,  53,  68,  85,  107};
+static const float q4_middles[15] = {-114,  -90.5f, -71.5f, -55.5f, -41, -28,   -16, -4,
+                                     7.5f,  19.5f,  32,     45.5f,  60.5f, 76.5f, 96};
+#define Q4_SCALE 64.f
+#define Q4_MOST_SCALE (0x1.fp15f / Q4_SCALE)
+enum { Q4_SCALE_BITS = 0xffc0, Q4_SHIFT_BITS = 0x3f, Q4_LEAST_SHIFT = -64, Q4_MOST_SHIFT = 62 };
+static inline int q4_shift(uint16_t d) { return 2 * (d & Q4_SHIFT_BITS) + Q4_LEAST_SHIFT; }
 
 struct kind {
     const char *name;      // "q8"
@@ -35,6 +51,13 @@ struct kind {
     void (*decode_row)(const void *block, uint32_t row, float *values); // values (columns)
     void (*encode)(const float *values, void *block); // values (TILE_ROWS, columns), finite
 };
+
+/* Packs one block: values (GROUP, TILE_ROWS), column by column, scale (TILE_ROWS) as fit.h finds it
+ * with f16's precision. Each weight gets the nearest code. */
+void q8_pack(const float *values, const float *scale, struct block_q8 *block);
+/* Packs one q4 block: values (GROUP, TILE_ROWS), column by column; scale and shift (TILE_ROWS)
+ * as fit.h finds them. Each weight gets the nearest level. */
+void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *block);
 
 /* NULL for a number that is no kind. */
 const struct kind *kind_find(uint32_t kind);

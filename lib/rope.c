@@ -80,3 +80,12 @@ void rope_angles(const llama_config *c, const float *frequencies, int32_t positi
         sin[i] = sinf(angle) * factor;
     }
 }
+
+void rope_back(const llama_config *c, const float *frequencies, uint32_t count, float *cos,
+               float *sin) {
+    for (uint32_t i = 0; i < c->head_dim / 2; i++) {
+        const float angle = (float)count * frequencies[i];
+        cos[i] = cosf(angle);
+        sin[i] = -sinf(angle);
+    }
+}

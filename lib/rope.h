@@ -15,4 +15,8 @@ void rope_frequencies(const llama_config *config, uint32_t length, float *freque
 /* cos, sin (head_dim / 2) at POSITION, times the attention factor where the scaling has one. */
 void rope_angles(const llama_config *config, const float *frequencies, int32_t position,
                  float *cos, float *sin);
+/* cos, sin (head_dim / 2) that turn a stored key COUNT positions back. Without the attention
+ * factor, which the key has already. */
+void rope_back(const llama_config *config, const float *frequencies, uint32_t count, float *cos,
+               float *sin);
 #endif

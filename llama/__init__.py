@@ -1,4 +1,4 @@
-"""A Llama in C, spoken to from Python: Llama, SamplingParams, LlamaError.
+"""A Llama in C, spoken to from Python: Llama, SamplingParams, Request, Gap, LlamaError.
 
 Names are looked up when first asked for, so that the export wing (llama.checkpoints) imports
 without the C library or cffi.
@@ -15,9 +15,11 @@ if sys.version_info < (3, 10):  # noqa: UP036 (so that an older one says so)
 if TYPE_CHECKING:
     from llama.errors import LlamaError
     from llama.generate import Llama
+    from llama.infill import Gap
+    from llama.request import Request
     from llama.sampling import SamplingParams
 
-__all__ = ["Llama", "LlamaError", "SamplingParams"]
+__all__ = ["Gap", "Llama", "LlamaError", "Request", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +31,14 @@ def __getattr__(name: str) -> Any:
         from llama.sampling import SamplingParams
 
         return SamplingParams
+    if name == "Gap":
+        from llama.infill import Gap
+
+        return Gap
+    if name == "Request":
+        from llama.request import Request
+
+        return Request
     if name == "LlamaError":
         from llama.errors import LlamaError
 

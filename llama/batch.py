@@ -1,4 +1,4 @@
-"""Many completions over one engine: who uses which sequence, and what each forward pass computes.
+"""Many texts over one engine: who uses which sequence, and what each forward pass computes.
 
 A prompt continues or forks the sequence that shares its longest beginning, so only what follows
 is computed. Each step is one forward pass: a token of every running completion, and as much of
@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llama.completion import Job
 from llama.errors import LlamaError
@@ -83,6 +86,7 @@ class Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         self.tokens: list[int] = []
+        self.fresh = 2**31  # after a slide: so many of them alone are as a fresh run has them
         self.rope_length = 0  # that its keys were computed for, see Config.rope_length
         self.used = 0  # when, by the clock of Slots
 
@@ -132,6 +136,14 @@ class Slots:
             self._touch(slot)
             return slot
 
+    def slide(self, slot: Slot, first: int, count: int) -> None:
+        """Drops SLOT's tokens [first, first + count). Those behind them remember the dropped ones,
+        so no other prompt may ever continue from them."""
+        with self._lock:  # nobody forks it meanwhile
+            slot.fresh = min(slot.fresh, first)
+            self._engine.slide(slot.number, first, count)
+            del slot.tokens[first : first + count]
+
     def give(self, slot: Slot) -> None:
         """The sequence is idle now; what it holds may be of use later."""
         self._given.append(slot)
@@ -148,6 +160,10 @@ class Slots:
             slot = self._given.popleft()
             self._busy.remove(slot)
             self._idle.append(slot)
+            if len(slot.tokens) > slot.fresh:
+                self._engine.trim(slot.number, slot.fresh)
+                del slot.tokens[slot.fresh :]
+            slot.fresh = 2**31
             self._touch(slot)
             held = sum(len(idle.tokens) for idle in self._idle)
             while len(self._idle) > 1 and (
@@ -161,7 +177,7 @@ class Slots:
         for slot in [*self._idle, *self._busy]:
             if slot.rope_length != length:
                 continue
-            n = common_prefix(slot.tokens, prompt, len(prompt) - (not whole))
+            n = common_prefix(slot.tokens, prompt, min(len(prompt) - (not whole), slot.fresh))
             if n > best:
                 best, found = n, slot
         return best, found
@@ -207,11 +223,12 @@ class Batches:
         active: list[Job] = []
         try:
             while waiting or active:
-                for job in [j for j in (*active, *waiting) if j.cancelled or j.room() < 1]:
+                for job in [j for j in (*active, *waiting) if j.cancelled or j.full()]:
                     (active if job in active else waiting).remove(job)
                     self._release(job)
                     yield job, job.end("cancelled" if job.cancelled else "length")
                 self._admit(waiting, active)
+                self._make_room(active)
                 for job, token in self._step(active, waiting) if active else ():
                     text = job.push(token)
                     if job.result is not None:
@@ -231,18 +248,19 @@ class Batches:
     def _admit(self, waiting: deque[Job], active: list[Job]) -> None:
         while waiting and len(active) < MAX_ACTIVE:
             prompt = waiting[0].ids
+            scored = waiting[0].scores_prompt  # which shares nothing, to have every row's logits
             known, _ = self.slots.longest(prompt)
             length = self.engine.config.rope_length(len(prompt))
             if any(
-                job.slot is not None and len(job.slot.tokens) < job.n_prompt
+                job.slot is not None and job.computed() < job.n_prompt
                 and (job is waiting[0].leader or (
-                    job.slot.rope_length == length
+                    not scored and job.slot.rope_length == length
                     and common_prefix(job.ids, prompt, len(prompt) - 1) >= known + SHARE))
                 for job in active
             ):  # fmt: skip
                 return  # the same beginning is being read right now: it will be forked
             job = waiting[0]
-            job.slot = self.slots.take(prompt)
+            job.slot = self.slots.take(prompt, reuse=not scored)
             job.start(cached=len(job.slot.tokens))
             active.append(waiting.popleft())
 
@@ -258,13 +276,22 @@ class Batches:
             joined.append(job)
         return joined
 
+    def _make_room(self, active: list[Job]) -> None:
+        """Slides the windows of those whose context is full; others end before that."""
+        for job in active:
+            assert job.slot is not None
+            if len(job.slot.tokens) == self.engine.max_seq_len:
+                with self.turns:
+                    self.check_open()
+                    self.slots.slide(job.slot, *job.window.slide(len(job.slot.tokens)))
+
     def _step(self, active: list[Job], waiting: deque[Job]) -> list[tuple[Job, int]]:
         """One forward pass; the jobs whose next token it gave, and those tokens."""
         plan: list[tuple[Job, int]] = []  # and how many tokens of each
         room = self._chunk - len(active)  # a place for each; the rest for prompts, first come
         for job in active:
             assert job.slot is not None
-            left = len(job.ids) - len(job.slot.tokens)
+            left = len(job.ids) - job.computed()
             count = min(left, 1 + max(room, 0))
             room -= count - 1
             plan.append((job, count))
@@ -273,28 +300,31 @@ class Batches:
         positions: list[int] = []
         want: list[bool] = []
         lengths: list[int] = []
-        sampled: list[Job] = []
+        wanted: list[tuple[Job, int]] = []  # whose logits, and which of its tokens follows
         for job, count in plan:
             assert job.slot is not None
-            start = len(job.slot.tokens)
+            start, position = job.computed(), len(job.slot.tokens)
             tokens += job.ids[start : start + count]
             sequences += [job.slot.number] * count
-            positions += range(start, start + count)
+            positions += range(position, position + count)
             lengths += [job.n_prompt] * count
-            complete = start + count == len(job.ids)
-            want += [False] * (count - 1) + [complete]
-            if complete:
-                sampled.append(job)
+            wants = [job.scores_prompt or at == len(job.ids) - 1
+                     for at in range(start, start + count)]  # fmt: skip
+            wanted += [(job, start + n + 1) for n, one in enumerate(wants) if one]
+            want += wants
         with self.turns:
             self.check_open()
             began = time.perf_counter()
             self.engine.forward(tokens, sequences, positions, want, True, lengths)
             for job, count in plan:
                 assert job.slot is not None
-                start = len(job.slot.tokens)
+                start = job.computed()
                 job.slot.tokens += job.ids[start : start + count]
             chosen = []
-            for row, job in enumerate(sampled):
+            for row, (job, following) in enumerate(wanted):
+                if following < len(job.ids):
+                    job.score(*self._logprobs(row, job, job.ids[following]))
+                    continue
                 first = len(job.ids) == job.n_prompt
                 for one in [job, *(self._join(job, waiting, active) if first else ())]:
                     chosen.append((one, self._choose(row, one)))
@@ -307,8 +337,11 @@ class Batches:
             row, job.params, job.seen(), job.completion, len(job.ids), job.said(), job.mu
         )
         if job.params.logprobs is not None:
-            job.note(token, *self.engine.logprobs(row, token, job.params.logprobs))
+            job.note(*self._logprobs(row, job, token))
         return token
+
+    def _logprobs(self, row: int, job: Job, token: int) -> tuple[int, float, dict[int, float]]:
+        return token, *self.engine.logprobs(row, token, job.params.logprobs or 0)
 
     def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
         counters = self.counters
@@ -321,11 +354,84 @@ class Batches:
             counters.decode_positions += sum(positions) + total
             counters.decode_seconds += seconds
             return
-        counters.prompt_tokens += total - decoding
-        counters.prompt_seconds += seconds
+        self._count_prompt(total - decoding, total, seconds)
+
+    def _count_prompt(self, tokens: int, total: int, seconds: float) -> None:
+        """Notes a pass of TOTAL rows, TOKENS of them of prompts, and how many the next may have."""
+        self.counters.prompt_tokens += tokens
+        self.counters.prompt_seconds += seconds
         if total >= MIN_CHUNK:
             fits = int(CHUNK_SECONDS * total / max(seconds, 1e-6))
             self._chunk = max(MIN_CHUNK, min(MAX_CHUNK, fits)) // 16 * 16
+
+    def outputs(
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[range], hidden: bool = False
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """What the head gives, or with HIDDEN what it reads, at the positions WANTED of each of
+        TEXTS: (the text's number, (n, width)), piece by piece, a text's own pieces in order."""
+        waiting = deque(range(len(texts)))
+        active: dict[int, Slot] = {}
+        try:
+            while waiting or active:
+                while waiting and len(active) < MAX_ACTIVE:
+                    ids = texts[waiting[0]]
+                    # a position that is kept from before gives nothing again
+                    reuse = wanted[waiting[0]].start == len(ids) - 1
+                    if reuse and self._awaited(ids, texts, active):
+                        break
+                    active[waiting.popleft()] = self.slots.take(ids, reuse)
+                yield from self._read(texts, wanted, active, hidden)
+                for n in [n for n, slot in active.items() if len(slot.tokens) == len(texts[n])]:
+                    self.slots.give(active.pop(n))
+        finally:
+            for slot in active.values():
+                if not self.closed:
+                    self.slots.give(slot)
+
+    def _awaited(
+        self, ids: Sequence[int], texts: Sequence[Sequence[int]], active: dict[int, Slot]
+    ) -> bool:
+        """Whether a text being read has a beginning in common with IDS that is worth a fork."""
+        known, _ = self.slots.longest(ids)
+        length = self.engine.config.rope_length(len(ids))
+        return any(
+            slot.rope_length == length
+            and common_prefix(texts[n], ids, len(ids) - 1) >= max(known, len(slot.tokens)) + SHARE
+            for n, slot in active.items()
+        )
+
+    def _read(
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[range], active: dict[int, Slot],
+        hidden: bool,
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:  # fmt: skip
+        """One forward pass over as much of the active texts as fits in a chunk."""
+        rows: list[tuple[int, int, int, bool, int]] = []
+        parts: list[tuple[int, Sequence[int], int]] = []  # text, its tokens, how many are wanted
+        for n, slot in active.items():
+            start, size = len(slot.tokens), len(texts[n])
+            places = range(start, min(size, start + self._chunk - len(rows)))
+            want = [place in wanted[n] for place in places]
+            part = texts[n][start : start + len(places)]
+            rows += zip(part, [slot.number] * len(part), places, want, [size] * len(part),
+                        strict=True)  # fmt: skip
+            parts.append((n, part, sum(want)))
+        tokens, sequences, positions, wants, lengths = zip(*rows, strict=True)
+        with self.turns:
+            self.check_open()
+            began = time.perf_counter()
+            out = self.engine.forward(
+                tokens, sequences, positions, wants, rope_lengths=lengths, hidden=hidden
+            )
+            for n, part, _ in parts:
+                active[n].tokens += part
+            self.counters.computed_tokens += len(rows)
+            self._count_prompt(len(rows), len(rows), time.perf_counter() - began)
+        assert out is not None
+        first = 0
+        for n, _, count in parts:
+            if count:
+                yield n, out[first : first + count]
+            first += count
 
     def check_open(self) -> None:
         if self.closed:

@@ -10,11 +10,13 @@ import argparse
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llama.errors import LlamaError
+from llama.overflow import POLICIES
 from llama.sampling import SamplingParams, params_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +140,20 @@ def add_model_flags(parser: Parser) -> None:
     )
 
 
+def add_overflow_flags(parser: Parser, default: str | None, what: str) -> None:
+    """DEFAULT is WHAT in the help's words."""
+    group = parser.add_argument_group("when the context is full")
+    group.add_argument(
+        "--overflow", choices=POLICIES, default=default,
+        help="stop: the text ends there; error: so does the program; slide: the first tokens "
+        f"stay, of the others the oldest half goes, and the text runs on (default: {what})",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep", type=int, metavar="N",
+        help="first tokens that slide keeps (default: 4, in a chat all before the first question)",
+    )  # fmt: skip
+
+
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling flags as SamplingParams; a value that cannot be is a LlamaError."""
     knobs = dict(METHODS[args.type])
@@ -187,11 +203,18 @@ def open_model(
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     from llama.generate import Llama
 
-    return Llama(
-        args.bin or default_bin(), threads=args.threads, device=args.device,
-        max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
-        template=template, date=date,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said below, in a line without a source
+        llm = Llama(
+            args.bin or default_bin(), threads=args.threads, device=args.device,
+            max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
+            template=template, date=date, overflow=args.overflow or "stop",
+            keep=args.keep,
+        )  # fmt: skip
+    untrained = llm.config.untrained(llm.max_seq_len)
+    if untrained is not None:
+        say(f"note: {untrained}")
+    return llm
 
 
 def default_bin() -> Path:
@@ -221,7 +244,7 @@ def show_prompt(llm: Any, ids: Sequence[int]) -> None:
     say(f"prompt: {len(ids)} tokens")
     for token in ids:
         mark = "  control" if tokenizer.is_control(token) else ""
-        say(f"{token:>{width + 2}}  {tokenizer.piece(token)!r}{mark}")
+        say(f"{token:>{width + 2}}  {tokenizer.shown(token)}{mark}")
     if len(ids) > 1 and tokenizer.bos_id is not None and ids[0] == ids[1] == tokenizer.bos_id:
         say("warning: the prompt begins with two begin tokens")
     if not tokenizer.eos_ids:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llama.errors import LlamaError
+from llama.overflow import Window
 from llama.sampling import SamplingParams
 from llama.tokenizer import NoTokenizer, StreamDecoder, Tokenizer
 
@@ -37,18 +38,21 @@ class Result:
 
     text: str  # without control tokens and without the stop string; with echo behind the prompt
     token_ids: list[int]  # as sampled, the end token included
-    # "length": max_tokens or the context's end; "stop": a stop string; "eos": the model ended;
-    # "cancelled": Stream.cancel()
+    # "length": max_tokens, or the context's end where overflow is "stop"; "stop": a stop string;
+    # "eos": the model ended; "cancelled": Stream.cancel()
     finish_reason: FinishReason
-    prompt_tokens: int
+    prompt_tokens: int  # as computed: what "slide" drops of a prompt too long is not among them
     cached_tokens: int  # of the prompt, taken from earlier work and not computed again
     prompt_seconds: float  # until the first token
     decode_seconds: float  # from the first token to the last
     seed: int | None  # the same seed gives the same text; None where greedy draws nothing
     # of each of token_ids, where params ask for them or best_of needs them
     logprobs: list[TokenLogprob] | None = None
+    dropped_tokens: int = 0  # of prompt and completion, where overflow is "slide"
     completion: int = 0  # its number among those of one prompt; it keys the random numbers
     reward: float | None = None  # what a reward model gives it, where one was asked
+    # of each token of the prompt, given those before it, with echo and logprobs; the first is None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -82,17 +86,16 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
-        stop_ids: Collection[int], max_seq_len: int, fresh: bool, echo: str = "",
+        stop_ids: Collection[int], window: Window, fresh: bool, echo: str = "",
+        scored: bool = False,
     ) -> None:  # fmt: skip
         """FRESH: the completion begins a text, so its first word loses its space; else it
-        continues the prompt's. ECHO stands before its text."""
-        self._world = (tokenizer, stop_ids, max_seq_len, fresh, echo)
+        continues the prompt's. ECHO stands before its text. SCORED: the prompt's tokens have
+        logprobs too."""
+        self._world = (tokenizer, stop_ids, fresh, echo, scored)
+        self._prompt, self.window = prompt, window
         if not prompt:
             raise LlamaError("the prompt is empty and this model has no begin token")
-        if len(prompt) > max_seq_len:
-            raise LlamaError(
-                f"the prompt has {len(prompt)} tokens and the context holds {max_seq_len}"
-            )
         if params.stop and isinstance(tokenizer, NoTokenizer):
             raise LlamaError("stop strings need a tokenizer and this model file holds none")
         if (params.logprobs or 0) > tokenizer.vocab_size:
@@ -100,8 +103,8 @@ class Job:
                 f"logprobs must be 0 to {tokenizer.vocab_size} (the vocabulary), found "
                 f"{params.logprobs}"
             )
-        self.ids = [tokenizer.check(token) for token in prompt]
-        self.n_prompt = len(prompt)
+        self.ids = window.fit([tokenizer.check(token) for token in prompt])
+        self.n_prompt = len(self.ids)
         self.params = params.seeded()
         self.completion = 0  # the number that keys the random numbers
         self.leader: Job | None = None  # the first of those that share this prompt
@@ -110,7 +113,15 @@ class Job:
         self.text = ""
         self.result: Result | None = None
         self._echo = echo
-        self._limit = min(params.max_tokens or max_seq_len, max_seq_len - self.n_prompt)
+        self._scored = scored
+        self.scores_prompt = scored  # it is this job that finds them
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._limit = window.limit(self.n_prompt, params.max_tokens)
+        if scored and len(prompt) >= window.overflow.size:
+            raise LlamaError(
+                f"the prompt has {len(prompt)} tokens and fills the context; its logprobs need "
+                "room for one more"
+            )
         self._stop_ids = stop_ids
         self._decoder = StreamDecoder(tokenizer, fresh)
         self._stops = StopStrings(params.stop)
@@ -127,8 +138,13 @@ class Job:
 
     def twin(self, completion: int) -> Job:
         """Another completion of the same prompt; for one that has not begun."""
-        twin = Job(self.ids, self.params, *self._world)
+        tokenizer, stop_ids, fresh, echo, scored = self._world
+        twin = Job(
+            self._prompt, self.params, tokenizer, stop_ids, self.window.twin(), fresh, echo, scored
+        )  # fmt: skip
         twin.completion, twin.leader = completion, self
+        twin.scores_prompt = False
+        twin._prompt_logprobs = self._prompt_logprobs
         return twin
 
     def start(self, cached: int) -> None:
@@ -136,9 +152,14 @@ class Job:
         self._cached = cached
         self._began = self._first = self._last = time.perf_counter()
 
-    def room(self) -> int:
-        """How many tokens may still come."""
-        return self._limit - (len(self.ids) - self.n_prompt)
+    def full(self) -> bool:
+        """Whether no token may come any more."""
+        return self._limit is not None and len(self.ids) - self.n_prompt >= self._limit
+
+    def computed(self) -> int:
+        """How many of ids went through the network; some of them may have left the context."""
+        assert self.slot is not None
+        return len(self.slot.tokens) + self.window.slid
 
     def seen(self) -> list[int]:
         """What the penalties look at: the prompt's tokens, for repetition_penalty alone, then the
@@ -154,7 +175,7 @@ class Job:
         string, which is no part of the text, came of them."""
         if not self._stops.hit:
             return self.ids
-        tokenizer, _, _, fresh, echo = self._world
+        tokenizer, _, fresh, echo, _ = self._world
         decoder = StreamDecoder(tokenizer, fresh)
         left, n = len(self.text) - len(echo), self.n_prompt
         while left > 0 and n < len(self.ids):
@@ -165,6 +186,10 @@ class Job:
     def note(self, token: int, logprob: float, top: dict[int, float]) -> None:
         """The logprobs of the token that push() takes next."""
         self._logprobs.append(TokenLogprob(token, logprob, top))
+
+    def score(self, token: int, logprob: float, top: dict[int, float]) -> None:
+        """The logprobs of the prompt's next token."""
+        self._prompt_logprobs.append(TokenLogprob(token, logprob, top))
 
     def push(self, token: int) -> str:
         """Takes the next sampled token; returns the text that is now certain."""
@@ -179,10 +204,12 @@ class Job:
         text = self._certain(self._decoder.feed(token))
         if self._stops.hit:
             return text + self.end("stop")
-        return text + self.end("length") if self.room() < 1 else text
+        return text + self.end("length") if self.full() else text
 
     def end(self, reason: FinishReason) -> str:
         """Ends the completion; returns the text that was held back."""
+        if reason == "length" and len(self.ids) - self.n_prompt != self.params.max_tokens:
+            self.window.refuse_end()
         text = self._certain(self._decoder.finish(), last=True)
         self.result = Result(
             text=self.text, token_ids=self.ids[self.n_prompt :],
@@ -191,7 +218,8 @@ class Job:
             prompt_seconds=self._first - self._began, decode_seconds=self._last - self._first,
             seed=self.params.seed if self.params.temperature else None,
             logprobs=None if self.params.logprobs is None else self._logprobs,
-            completion=self.completion,
+            dropped_tokens=self.window.dropped, completion=self.completion,
+            prompt_logprobs=self._prompt_logprobs if self._scored else None,
         )  # fmt: skip
         return text
 

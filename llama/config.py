@@ -103,6 +103,26 @@ class Config:
         dynamic = self.rope_scaling == Rope.DYNAMIC
         return prompt if dynamic and prompt > self.rope_numbers[1] else 0
 
+    def untrained(self, length: int) -> str | None:
+        """What to tell who asks for a context of LENGTH positions, if training, and the rope
+        scaling with it, do not reach so far; None where they do. Dynamic scaling always does."""
+        kind, numbers, trained = self.rope_scaling, self.rope_numbers, self.max_seq_len
+        if kind in (Rope.LLAMA3, Rope.YARN):
+            trained = max(trained, int(numbers[0] * numbers[3 if kind == Rope.LLAMA3 else 1]))
+        if length <= trained or kind == Rope.DYNAMIC:
+            return None
+        if kind == Rope.LINEAR and length <= numbers[0] * trained:  # some name it unstretched
+            return (
+                f"a context of {length} positions goes beyond the {trained} that this model names; "
+                f"its linear rope scaling (factor {numbers[0]:g}) applies there too"
+            )
+        scaling = f"the {kind.name.lower()} rope scaling of this model reaches no further"
+        return (
+            f"positions beyond {trained} were never trained (the context is {length}), and "
+            f"{'this model has no rope scaling' if kind == Rope.PLAIN else scaling}: expect its "
+            "text to fall apart there"
+        )
+
     def _check_rope(self) -> None:
         count = ROPE_COUNTS[self.rope_scaling]
         numbers = self.rope_numbers

@@ -4,11 +4,13 @@ python3 -m llama.distance REFERENCE.bin OTHER.bin prints it; quantize.py puts it
 
 Both read the same tokens; at each position the two next-token distributions are compared. KL
 divergence (nats) says how surprised someone who believes the second would be by the first;
-"same token" is how often both would say the same next.
+"same token" is how often both would say the same next. Of models with other heads, or none, the
+numbers themselves are compared.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.cli import Parser, run
+from llama.config import Head
 from llama.engine import Engine
+from llama.errors import LlamaError
 from llama.tokenizer import open_tokenizer
 
 PAGE = """\
@@ -61,6 +65,20 @@ class Distance:
         )
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """Over N positions: the root mean square of the difference over that of the outputs."""
+
+    n: int
+    relative_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"relative error of the outputs {100 * self.relative_error:.3f}% (rms, of {self.n} "
+            "positions of a fixed page of text)"
+        )
+
+
 def _page(engine: Engine) -> list[int]:
     """The page as tokens, within the context; a fixed pattern where there is no tokenizer."""
     config = engine.config
@@ -98,7 +116,7 @@ def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32
 def measure(
     reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None,
     activations: int | None = None,
-) -> Distance:  # fmt: skip
+) -> Distance | Deviation:  # fmt: skip
     """Runs both files over the page; REFERENCE is the one that counts as right."""
     with ExitStack() as stack:
         engines = [
@@ -107,13 +125,27 @@ def measure(
             )
             for path in (reference, other)
         ]
+        a, b = (engine.config for engine in engines)
+        if (a.head, a.n_outputs) != (b.head, b.n_outputs):
+            raise LlamaError(f"{reference} and {other}: two models of the same head and number of "
+                             f"outputs are compared, found {a.n_outputs} and {b.n_outputs}")
         ids = _page(engines[0])
+        if a.head != Head.LM:
+            return _deviation(ids, *engines)
         kl, same = 0.0, 0
         for pair in _parts(ids, *engines):
             p, q = (_log_softmax(logits) for logits in pair)
             kl += float((np.exp(p) * (p - q)).sum())
             same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
     return Distance(len(ids), kl / len(ids), same / len(ids))
+
+
+def _deviation(ids: list[int], *engines: Engine) -> Deviation:
+    error, size = 0.0, 0.0
+    for right, ours in _parts(ids, *engines):
+        error += float(np.square(ours - right, dtype=np.float64).sum())
+        size += float(np.square(right, dtype=np.float64).sum())
+    return Deviation(len(ids), math.sqrt(error / size) if size else 0.0)
 
 
 def main() -> int:

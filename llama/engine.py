@@ -6,11 +6,13 @@ back, and refuses to be used after close(). lib/llama.h is the manual of what ea
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -170,6 +172,14 @@ class Model:
         data, n = ffi.new("const uint8_t **"), ffi.new("size_t *")
         kind = lib.llama_get_tokenizer(self.handle, data, n)
         return TOKENIZERS[kind], bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the file up to its tensor data: it holds the checksum of every tensor, so no
+        two models have the same."""
+        data, n = ffi.new("const uint8_t **"), ffi.new("size_t *")
+        check(lib.llama_get_header(self.handle, data, n))
+        return hashlib.sha256(ffi.buffer(data[0], n[0])).digest()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -373,11 +383,12 @@ class Engine:
         return out
 
     def trace(
-        self, tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike, want: Sequence[bool]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self, tokens: ArrayLike, sequences: ArrayLike, positions: ArrayLike, want: Sequence[bool],
+        rope_lengths: ArrayLike | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
         """forward, and the residual stream of the rows that WANT it, after the embedding and after
         each layer: (n_layers + 1, n wanted, dim) and (n wanted, n_outputs)."""
-        batch, wanted, alive = _batch(tokens, sequences, positions, want, None)
+        batch, wanted, alive = _batch(tokens, sequences, positions, want, rope_lengths)
         stream = np.empty((self.config.n_layers + 1, wanted, self.config.dim), np.float32)
         room = ffi.from_buffer("float[]", stream)
         batch.stream = room
@@ -411,6 +422,28 @@ class Engine:
         length = _within("length", length)
         with self._turn:
             check(lib.llama_fork(self.handle, _sequence(source), _sequence(target), length))
+
+    def slide(self, sequence: int, first: int, count: int) -> None:
+        """Drops SEQUENCE's positions [first, first + count); those behind them move down."""
+        first, count = _within("first position", first), _within("count", count)
+        with self._turn:
+            check(lib.llama_slide(self.handle, _sequence(sequence), first, count))
+
+    def read_kv(self, sequence: int, first: int, n: int) -> bytearray:
+        """Keys and values of SEQUENCE's positions [first, first + n), as lib/llama.h lays them."""
+        first, n = _within("first position", first), _within("count", n, self.max_seq_len)
+        out = bytearray(n * self.info().kv_bytes_per_position)
+        with self._turn:
+            check(lib.llama_read_kv(self.handle, _sequence(sequence), first, n,
+                                    ffi.from_buffer(out), len(out)))  # fmt: skip
+        return out
+
+    def write_kv(self, sequence: int, first: int, n: int, kv: bytes | bytearray) -> None:
+        """Adds what read_kv() gave behind SEQUENCE's positions, which end at FIRST."""
+        first, n = _within("first position", first), _within("count", n)
+        with self._turn:
+            check(lib.llama_write_kv(self.handle, _sequence(sequence), first, n,
+                                     ffi.from_buffer(kv), len(kv)))  # fmt: skip
 
     def sample(
         self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int,

@@ -1,4 +1,4 @@
-"""Llama: text in, text out.
+"""Llama: text in, text out. What it says about texts besides is in heads.py.
 
 A Llama is an open model file with its tokenizer, chat template and kept sequences. It turns
 prompts into jobs, and batch.py runs them; everything about words is here and above, everything
@@ -8,28 +8,33 @@ about numbers below, in engine.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.batch import MAX_CHUNK, Batches, Counters
+from llama import session
+from llama.batch import Batches, Counters
 from llama.completion import Job, Result
+from llama.config import Head
 from llama.errors import LlamaError
-from llama.reward import Judge, best_first
-from llama.sampling import SamplingParams, whole_number
+from llama.heads import Heads, Messages, is_ids
+from llama.infill import Gap, Infiller, Order
+from llama.overflow import Overflow, Window
+from llama.request import Prompt, Request
+from llama.reward import Judge
+from llama.sampling import SamplingParams
 from llama.templates import ChatTemplate
-from llama.tokenizer import Tokenizer, open_tokenizer
+from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from llama.engine import Config, Engine, SessionInfo
 
-MAX_COMPLETIONS = 1024  # of one prompt
-Prompt = str | Sequence[int]  # text, or token ids taken as they are
-Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]
 
 
 class Stream(Iterator[str]):
@@ -67,7 +72,7 @@ class Stream(Iterator[str]):
             close()
 
 
-class Llama:
+class Llama(Heads):
     """A model, open. Threads may share it: their forward passes take turns. A context manager."""
 
     def __init__(
@@ -75,11 +80,20 @@ class Llama:
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
         isa: str | None = None,
         template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
-        None, the model's own. KV: kind of the KV cache, "f32" or "f16". ISA: a kernel set, None
-        the best. TEMPLATE: a chat template's family instead of the file's own. DATE: what Llama
-        3.1 and later are told the day is ("26 Jul 2024"); None, as their template has it."""
+        None, the model's own; warns if the model was not made for so many. KV: kind of the KV
+        cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
+        family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
+        ("26 Jul 2024"); None, as their template has it; one
+        from Meta's own files, which hold none, is then told no date.
+
+        OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
+        "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
+        goes, and the text runs on, without an end if neither max_tokens nor the model sets one; a
+        prompt that is too long loses as much before it is read. KEEP None: 4 tokens, in a chat all
+        that stands before the first question; half of the context at most."""
         from llama.engine import Engine
 
         self._setup(
@@ -87,28 +101,38 @@ class Llama:
                 path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
                 activations=activations, isa=isa,
             ),
-            template, date,
+            template, date, overflow, keep,
         )  # fmt: skip
+        untrained = self.config.untrained(self.max_seq_len)
+        if untrained is not None:
+            warnings.warn(untrained, stacklevel=2)
 
     @classmethod
     def on(
-        cls, engine: Engine, template: str | None = None, date: str | None = None
-    ) -> Llama:
+        cls, engine: Engine, template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None,
+    ) -> Llama:  # fmt: skip
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
-        llm._setup(engine, template, date)
+        llm._setup(engine, template, date, overflow, keep)
         return llm
 
-    def _setup(self, engine: Engine, template: str | None, date: str | None) -> None:
+    def _setup(
+        self, engine: Engine, template: str | None, date: str | None, overflow: str,
+        keep: int | None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._family, self._date = template, date
         self._template: ChatTemplate | None = None
+        self._other: tuple[str, ChatTemplate] | None = None  # of the date last asked for
+        self._judged: tuple[Llama, Judge] | None = None  # the reward model last asked
         try:
             self.config: Config = engine.config
             config = engine.config
             self.tokenizer: Tokenizer = open_tokenizer(
                 *engine.tokenizer, config.vocab_size, config.bos_id, config.eos_ids, engine.meta
             )
+            self.overflow = Overflow.checked(overflow, keep, config, engine.max_seq_len)
             self._batches = Batches(engine)
         except BaseException:
             engine.close()
@@ -144,6 +168,17 @@ class Llama:
             )
         return self._template
 
+    @property
+    def infiller(self) -> Infiller:
+        """How this model is asked to fill a gap; LlamaError if it was not trained to."""
+        return Infiller(self.tokenizer, self._engine.meta)
+
+    def _dated(self, date: str) -> ChatTemplate:
+        if self._other is None or self._other[0] != date:
+            template = ChatTemplate(self.tokenizer, self._engine.meta, self._family, date)
+            self._other = date, template
+        return self._other[1]
+
     def info(self) -> SessionInfo:
         self._batches.check_open()
         return self._engine.info()
@@ -152,12 +187,12 @@ class Llama:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
         n: None = None, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> Result: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
         n: int, best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> list[Result]: ...  # fmt: skip
     @overload
@@ -177,19 +212,21 @@ class Llama:
         self, prompt: Any, params: Any = None, *, n: int | None = None,
         best_of: int | None = None, reward: Llama | None = None, echo: bool = False,
     ) -> Any:  # fmt: skip
-        """Completes PROMPT (text or token ids), or a list of prompts together in one batch, each
-        as if alone; for a list PARAMS may be a list too. A text gets the model's begin token.
+        """Completes PROMPT (text, token ids or a Gap), or a list of prompts together in one
+        batch, each as if alone; for a list PARAMS may be a list too. A text gets the model's
+        begin token.
 
         N: so many completions of each prompt, a list in place of a Result, numbered from 0; the
         prompt is computed once. BEST_OF: so many are made, and the N (else the one) with the
         largest sum of logprobs returned, the best first; or, with REWARD, an open reward model of
-        the same vocabulary, those that it gives the most. ECHO: texts begin with their prompt."""
-        request = self._request(n, best_of, reward)
-        if isinstance(prompt, str) or _is_ids(prompt):
-            job = self._job(prompt, params, echo, request.judge)
-            return self._finish([request.jobs(job)], request)[0]
-        jobs = self._jobs(prompt, params, echo, request.judge)
-        return self._finish([request.jobs(job) for job in jobs], request)
+        the same vocabulary, those that it gives the most. ECHO: texts begin with their prompt,
+        and where PARAMS ask for logprobs its tokens have theirs in Result.prompt_logprobs."""
+        if isinstance(prompt, (str, Gap)) or is_ids(prompt):
+            one = Request(prompt, params, n, best_of, echo, reward)
+            return _several(n, self._finish(one, self._job(one)))
+        requests = self._requests(prompt, params, Request("", None, n, best_of, echo, reward))
+        found = dict(self.each_of(requests))
+        return [_several(n, found[index]) for index in range(len(requests))]
 
     @overload
     def each(
@@ -209,53 +246,92 @@ class Llama:
         best_of: int | None = None, reward: Llama | None = None,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """As generate() of a list; yields (index, result) as each prompt finishes."""
-        request = self._request(n, best_of, reward)
-        jobs = self._jobs(prompts, params, judge=request.judge)
-        groups = [request.jobs(job) for job in jobs]
-        return self._each(groups, request)
+        base = Request("", None, n, best_of, reward=reward)
+        requests = self._requests(prompts, params, base)
+        return ((index, _several(n, found)) for index, found in self.each_of(requests))
+
+    def each_of(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
+        """Completes REQUESTS together in one batch, each as if alone; yields (index, results) as
+        each finishes."""
+        groups = []
+        for number, request in enumerate(requests):
+            try:
+                groups.append(request.jobs(self._job(request)))
+            except LlamaError as error:
+                raise LlamaError(f"prompt {number}: {error}") from None
+        return self._each(requests, groups)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, echo: bool = False
     ) -> Stream:
         """The completion's text as it comes; with ECHO the prompt's comes first."""
-        return Stream(self._batches, self._job(prompt, params, echo))
+        return Stream(self._batches, self._job(Request(prompt, params, echo=echo)))
 
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: None = None,
-        best_of: int | None = None, reward: Llama | None = None,
+        best_of: int | None = None, reward: Llama | None = None, date: str | None = None,
     ) -> Result: ...  # fmt: skip
     @overload
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int,
-        best_of: int | None = None, reward: Llama | None = None,
+        best_of: int | None = None, reward: Llama | None = None, date: str | None = None,
     ) -> list[Result]: ...  # fmt: skip
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, n: int | None = None,
-        best_of: int | None = None, reward: Llama | None = None,
+        best_of: int | None = None, reward: Llama | None = None, date: str | None = None,
     ) -> Any:  # fmt: skip
         """The assistant's answer to MESSAGES, written in the model's own chat template; N,
-        BEST_OF and REWARD as for generate()."""
-        request = self._request(n, best_of, reward)
-        job = self._answer(messages, params, request.judge)
-        return self._finish([request.jobs(job)], request)[0]
+        BEST_OF and REWARD as for generate(). DATE: another than the one given on opening."""
+        request = Request("", params, n, best_of, reward=reward)
+        return _several(n, self._finish(request, self._answer(messages, request, date)))
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Stream:
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, date: str | None = None
+    ) -> Stream:
         """The answer's text as it comes."""
-        return Stream(self._batches, self._answer(messages, params))
+        return Stream(self._batches, self._answer(messages, Request("", params), date))
+
+    @overload
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: None = None, best_of: int | None = None,
+        reward: Llama | None = None,
+    ) -> Result: ...  # fmt: skip
+    @overload
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: int, best_of: int | None = None, reward: Llama | None = None,
+    ) -> list[Result]: ...  # fmt: skip
+
+    def infill(
+        self, prefix: str, suffix: str, params: SamplingParams | None = None, *,
+        order: Order = "psm", n: int | None = None, best_of: int | None = None,
+        reward: Llama | None = None,
+    ) -> Any:  # fmt: skip
+        """What belongs between PREFIX and SUFFIX: the whole is prefix + result.text + suffix.
+        ORDER: "psm" or "spm", see Gap; N, BEST_OF and REWARD as for generate(), which takes a
+        Gap too.
+        LlamaError for a model that was not trained for it."""
+        request = Request(Gap(prefix, suffix, order), params, n, best_of, reward=reward)
+        return _several(n, self._finish(request, self._job(request)))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that a prompt becomes: a text's, behind the begin token; ids as they are."""
+        """The ids that a prompt becomes: a text's, behind the begin token; ids as they are; a
+        gap's with the tokens that mark it."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
-        if not _is_ids(prompt):
+        if isinstance(prompt, Gap):
+            return self.infiller.encode(prompt)
+        if not is_ids(prompt):
             found = "an empty list" if prompt == [] else type(prompt).__name__
             raise LlamaError(f"a prompt must be a str or a list of token ids, found {found}")
         return [self.tokenizer.check(token) for token in prompt]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of IDS: (len(ids), vocab_size), computed afresh."""
+        self.require(Head.LM, "logits()")
         self._batches.check_open()
         if isinstance(ids, (str, bytes)):
             raise LlamaError(f"logits takes token ids, found {type(ids).__name__}")
@@ -265,23 +341,51 @@ class Llama:
                 f"logits takes 1 to {self.max_seq_len} token ids (the context), found {len(ids)}"
             )
         out = np.empty((len(ids), self.config.vocab_size), np.float32)
-        slot = self._batches.slots.take(ids, reuse=False)
+        done = 0
+        for _, rows in self._batches.outputs([ids], [range(len(ids))]):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
+        return out
+
+    # --- sessions
+
+    def save_session(
+        self, path: str | os.PathLike[str], messages: Messages, *, words_only: bool = False
+    ) -> int:
+        """Writes MESSAGES and, unless WORDS_ONLY, the keys and values that are kept of them to
+        PATH, replacing a file there at once or not at all; returns how many tokens have theirs.
+        MESSAGES may be empty. docs/session.md draws the file."""
+        self._batches.check_open()
+        dialog = session.check(messages)
+        asked = not words_only and any(message["role"] != "system" for message in dialog)
+        if not asked:
+            session.save(Path(path), self._engine, dialog)
+            return 0
+        ids = self.template.encode(dialog, reply=False)
+        slot = self._batches.slots.take(ids, whole=True)
         try:
-            for start in range(0, len(ids), MAX_CHUNK):
-                part = ids[start : start + MAX_CHUNK]
-                positions = range(start, start + len(part))
-                with self._batches.turns:
-                    self._batches.check_open()
-                    out[start : start + len(part)] = self._engine.forward(
-                        part, [slot.number] * len(part), positions, [True] * len(part),
-                        rope_lengths=[len(ids)] * len(part),
-                    )
-                    slot.tokens += part
-                    self.counters.computed_tokens += len(part)
+            session.save(
+                Path(path), self._engine, dialog, slot.tokens, slot.number, slot.rope_length
+            )
+            return len(slot.tokens)
         finally:
             if not self._batches.closed:
                 self._batches.slots.give(slot)
-        return out
+
+    def load_session(self, path: str | os.PathLike[str]) -> tuple[list[dict[str, str]], int]:
+        """The messages of the session at PATH, and how many of their tokens came back computed: a
+        chat that goes on from these messages need not read them again. LlamaError for a damaged
+        file, or one of another model, KV kind or width of activations."""
+        self._batches.check_open()
+        with session.Saved(Path(path), self._engine) as saved:
+            slot = self._batches.slots.take((), reuse=False)
+            try:
+                tokens = saved.restore(slot.number)
+                slot.tokens, slot.rope_length = tokens, saved.rope_length
+            finally:
+                if not self._batches.closed:
+                    self._batches.slots.give(slot)
+        return saved.messages, len(tokens)
 
     # --- the end
 
@@ -303,51 +407,72 @@ class Llama:
 
     # --- prompts to jobs
 
-    def _request(self, n: int | None, best_of: int | None, reward: Llama | None) -> Request:
-        if reward is None:
-            return Request(n, best_of)
-        if not isinstance(reward, Llama):
-            raise LlamaError(f"reward must be a Llama, found {type(reward).__name__}")
-        return Request(n, best_of, Judge(reward._batches, reward.tokenizer, self.tokenizer))
-
-    def _room(self, ids: Sequence[int], judge: Judge | None) -> int:
-        """The context of a prompt and its completion, which a JUDGE must be able to read."""
-        if judge is None:
-            return self.max_seq_len
-        judge.check(ids)
-        return min(self.max_seq_len, judge.max_seq_len)
-
-    def _job(
-        self, prompt: Prompt, params: SamplingParams | None, echo: bool = False,
-        judge: Judge | None = None,
-    ) -> Job:  # fmt: skip
+    def _job(self, request: Request) -> Job:
         self._batches.check_open()
+        prompt = request.prompt
+        self.require(Head.LM, "infill()" if isinstance(prompt, Gap) else "generate()")
         ids = self.prompt_ids(prompt)
         fresh = not ids or self.tokenizer.is_control(ids[-1])
-        text = ""
-        if echo:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+        stop_ids = frozenset(self.config.eos_ids)
+        if isinstance(prompt, Gap):
+            fresh, stop_ids = False, self.infiller.stop_ids
+        params = request.params or SamplingParams()
         return Job(
-            ids, _checked(params), self.tokenizer, frozenset(self.config.eos_ids),
-            self._room(ids, judge), fresh, text,
+            ids, params, self.tokenizer, stop_ids, self._window(request, ids), fresh,
+            self._text(prompt, ids) if request.echo else "",
+            scored=request.echo and params.logprobs is not None,
         )  # fmt: skip
 
-    def _answer(
-        self, messages: Messages, params: SamplingParams | None, judge: Judge | None = None
-    ) -> Job:
+    def _text(self, prompt: Prompt, ids: list[int]) -> str:
+        """What stands before a completion of PROMPT, which has these IDS."""
+        if isinstance(prompt, Gap):
+            return prompt.prefix
+        if isinstance(prompt, str):
+            return prompt
+        return "" if isinstance(self.tokenizer, NoTokenizer) else self.tokenizer.decode(ids)
+
+    def _answer(self, messages: Messages, request: Request, date: str | None) -> Job:
         self._batches.check_open()
-        template = self.template
+        self.require(Head.LM, "chat()")
+        template = self.template if date is None else self._dated(date)
         ids = template.encode(messages)
+        window = self._window(request, ids, lambda: template.question_starts(messages, ids))
         return Job(
-            ids, _checked(params), self.tokenizer, template.stop_ids, self._room(ids, judge),
+            ids, request.params or SamplingParams(), self.tokenizer, template.stop_ids, window,
             fresh=True,
         )  # fmt: skip
 
-    def _jobs(
+    def _window(
+        self, request: Request, ids: Sequence[int],
+        starts: Callable[[], Sequence[int]] | None = None,
+    ) -> Window:  # fmt: skip
+        """The context of a prompt and its completion. A judge must be able to read all of them, so
+        nothing slides before one."""
+        judge, overflow = self._judge(request.reward), self.overflow
+        if judge is not None:
+            judge.check(ids)
+            policy = "error" if overflow.policy == "error" else "stop"
+            size = min(self.max_seq_len, judge.max_seq_len)
+            overflow = replace(overflow, policy=policy, size=size)
+        return Window(overflow, starts)
+
+    def _judge(self, reward: Llama | None) -> Judge | None:
+        """REWARD as the judge of this model's completions; found to be one once."""
+        if reward is None:
+            return None
+        if not isinstance(reward, Llama):
+            raise LlamaError(f"reward must be a Llama, found {type(reward).__name__}")
+        reward._batches.check_open()
+        if self._judged is None or self._judged[0] is not reward:
+            self._judged = reward, Judge(reward._batches, reward.tokenizer, self.tokenizer)
+        return self._judged[1]
+
+    def _requests(
         self, prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None, echo: bool = False,
-        judge: Judge | None = None,
-    ) -> list[Job]:  # fmt: skip
+        params: SamplingParams | Sequence[SamplingParams] | None, base: Request,
+    ) -> list[Request]:  # fmt: skip
+        """BASE for each of PROMPTS."""
+        self._batches.check_open()
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise LlamaError(
                 f"a prompt must be a str, a list of token ids or a list of these, found "
@@ -355,24 +480,22 @@ class Llama:
             )
         if params is None or isinstance(params, SamplingParams):
             # one seed for the whole call
-            each: Sequence[SamplingParams] = [_checked(params).seeded()] * len(prompts)
+            each: Sequence[SamplingParams] = [(params or SamplingParams()).seeded()] * len(prompts)
         else:
-            each = [_checked(one) for one in params]
+            each = params
         if len(each) != len(prompts):
             raise LlamaError(f"{len(prompts)} prompts need as many params, found {len(each)}")
-        jobs = []
-        for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                jobs.append(self._job(prompt, one, echo, judge))
-            except LlamaError as error:
-                raise LlamaError(f"prompt {number}: {error}") from None
-        return jobs
+        return [
+            replace(base, prompt=prompt, params=one)
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
 
-    def _finish(self, groups: list[list[Job]], request: Request) -> list[Any]:
-        found = dict(self._each(groups, request))
-        return [found[index] for index in range(len(groups))]
+    def _finish(self, request: Request, first: Job) -> list[Result]:
+        return dict(self._each([request], [request.jobs(first)]))[0]
 
-    def _each(self, groups: list[list[Job]], request: Request) -> Iterator[tuple[int, Any]]:
+    def _each(
+        self, requests: Sequence[Request], groups: list[list[Job]]
+    ) -> Iterator[tuple[int, list[Result]]]:
         """(index, what the request asked for) as each group finishes."""
         index = {id(job): number for number, group in enumerate(groups) for job in group}
         left = [len(group) for group in groups]
@@ -381,52 +504,10 @@ class Llama:
                 number = index[id(job)]
                 left[number] -= 1
                 if not left[number]:
-                    yield number, request.answer(groups[number])
+                    judge = self._judge(requests[number].reward)
+                    yield number, requests[number].answer(groups[number], judge)
 
 
-class Request:
-    """How many completions of each prompt are made, and which of them returned."""
-
-    def __init__(self, n: int | None, best_of: int | None, judge: Judge | None = None) -> None:
-        self._several = n is not None
-        self._n = 1 if n is None else whole_number("n", n, 1, MAX_COMPLETIONS)
-        self._ranked = best_of is not None
-        self._made = self._n
-        self.judge = judge
-        if best_of is not None:
-            self._made = whole_number("best_of", best_of, self._n, MAX_COMPLETIONS)
-        elif judge is not None:
-            raise LlamaError("a reward model chooses among completions: best_of says how many")
-
-    def jobs(self, first: Job) -> list[Job]:
-        """All completions of a prompt, FIRST among them; they share a seed."""
-        if self._ranked and self.judge is None and first.params.logprobs is None:
-            first.params = replace(first.params, logprobs=0)
-        return [first, *(first.twin(number) for number in range(1, self._made))]
-
-    def answer(self, jobs: list[Job]) -> Result | list[Result]:
-        results = []
-        for job in jobs:
-            assert job.result is not None
-            reward = None if self.judge is None else self.judge.judge(job)
-            results.append(replace(job.result, reward=reward))
-        if self._ranked:
-            results = best_first(results)
-        return results[: self._n] if self._several else results[0]
-
-
-def _checked(params: SamplingParams | None) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise LlamaError(f"params must be SamplingParams, found {type(params).__name__}")
-    return params
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
-    return (
-        isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)) and len(prompt) > 0
-        and not isinstance(prompt[0], (str, Sequence, np.ndarray))
-    )  # fmt: skip
+def _several(n: int | None, results: list[Result]) -> Any:
+    """A list for those who named a number, even 1."""
+    return results[0] if n is None else results

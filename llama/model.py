@@ -161,6 +161,15 @@ class Transformer:
         scaled = x / torch.sqrt(mean_square + self.config.norm_eps)
         return scaled * self.weights[name + ".weight"]
 
+    def slide(self, cache: Cache, first: int, count: int) -> None:
+        """Forgets the tokens at [first, first + count) and moves those behind them down, their keys
+        turned back by COUNT positions (arXiv:2309.17453, section 3.2); not with dynamic scaling."""
+        angles = count * rope_frequencies(self.config)
+        cos, sin = angles.cos()[None], -angles.sin()[None]  # (1, head_dim / 2), no attention factor
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            del keys[first : first + count], values[first : first + count]
+            keys[first:] = [self.rope(key[None], cos, sin)[0] for key in keys[first:]]
+
     # --- and what it is for
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:

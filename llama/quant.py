@@ -30,7 +30,7 @@ class Kind(IntEnum):
     F16 = 1
     BF16 = 2
     Q8 = 3
-    Q4 = 4
+    Q4 = 5
 
     @property
     def label(self) -> str:
@@ -59,6 +59,12 @@ STORED: dict[Kind, np.dtype[Any]] = {
     Kind.F16: np.dtype("<f2"),
     Kind.BF16: np.dtype("<u2"),
 }
+
+
+# q4's, as in lib/quant.h
+Q4_LEVELS = np.array(
+    [-127, -101, -80, -63, -48, -34, -22, -10, 2, 13, 26, 38, 53, 68, 85, 107], np.int16
+)
 
 
 def matrix_bytes(kind: Kind, rows: int, columns: int) -> int:
@@ -125,17 +131,20 @@ def untile(data: Array, kind: Kind, rows: int, columns: int) -> NDArray[np.float
         values = widen(tiles.transpose(0, 2, 1).reshape(strips * TILE_ROWS, columns))
         return np.ascontiguousarray(values[:rows])
     blocks = data.reshape(strips, -1, LAYOUTS[kind].block_bytes)
-    scales = np.ascontiguousarray(blocks[:, :, : 2 * TILE_ROWS]).view("<f2").astype(np.float32)
+    d = np.ascontiguousarray(blocks[:, :, : 2 * TILE_ROWS]).view("<u2")
     codes = np.ascontiguousarray(blocks[:, :, 2 * TILE_ROWS :])
     if kind == Kind.Q8:
         # i8 q[c / 4][r][c mod 4]
         signed = codes.view(np.int8).reshape(strips, -1, GROUP // 4, TILE_ROWS, 4)
         by_row: Array = signed.transpose(0, 1, 3, 2, 4).reshape(strips, -1, TILE_ROWS, GROUP)
+        scales = d.view("<f2").astype(np.float32)
     else:
         # u8 q[c / 4][r][c mod 4]: columns 0..15 in the low halves, 16..31 in the high ones
         bytes_ = codes.reshape(strips, -1, GROUP // 8, TILE_ROWS, 4).transpose(0, 1, 3, 2, 4)
         halves = bytes_.reshape(strips, -1, TILE_ROWS, GROUP // 2)
-        by_row = np.concatenate([halves & 15, halves >> 4], axis=3).astype(np.int16) - 8
+        levels = Q4_LEVELS[np.concatenate([halves & 15, halves >> 4], axis=3)]
+        by_row = levels + 2 * ((d & 63).astype(np.int16) - 32)[..., None]
+        scales = (d & 0xFFC0).view("<f2").astype(np.float32) / 64
     values = by_row * scales[..., None]  # (strips, blocks, 16, 32)
     values = values.transpose(0, 2, 1, 3).reshape(strips * TILE_ROWS, -1)
     return np.ascontiguousarray(values[:rows, :columns], dtype=np.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llama.batch import MAX_CHUNK, Batches
+from llama.batch import Batches
 from llama.completion import Job, Result
 from llama.config import Head
 from llama.errors import LlamaError
@@ -47,37 +47,23 @@ class Judge:
                 f"{self.max_seq_len}"
             )
 
-    def judge(self, job: Job) -> float:
-        """The reward of a finished completion: of its prompt and text, end token included."""
-        reward = score(self._batches, job.kept())
-        if not math.isfinite(reward):
-            raise LlamaError(f"the reward of completion {job.completion} is {reward}")
-        return reward
+    def rewards(self, jobs: Sequence[Job]) -> list[float]:
+        """The rewards of finished completions: of their prompts and texts, end tokens included."""
+        found = scores(self._batches, [job.kept() for job in jobs])
+        for job, reward in zip(jobs, found, strict=True):
+            if not math.isfinite(reward):
+                raise LlamaError(f"the reward of completion {job.completion} is {reward}")
+        return found
 
 
-def score(batches: Batches, ids: Sequence[int]) -> float:
-    """The logit at the last of IDS, of a sequence classification model with one label. What it
-    has read before of their beginning is not computed again."""
-    slot = batches.slots.take(ids)
-    logits = None
-    try:
-        while (start := len(slot.tokens)) < len(ids):
-            part = list(ids[start : start + MAX_CHUNK])
-            n = len(part)
-            want = [start + i + 1 == len(ids) for i in range(n)]
-            with batches.turns:
-                batches.check_open()
-                logits = batches.engine.forward(
-                    part, [slot.number] * n, range(start, start + n), want,
-                    rope_lengths=[len(ids)] * n,
-                )  # fmt: skip
-                slot.tokens += part
-                batches.counters.computed_tokens += n
-    finally:
-        if not batches.closed:
-            batches.slots.give(slot)
-    assert logits is not None  # the last id is always computed
-    return float(logits[0, 0])
+def scores(batches: Batches, texts: Sequence[Sequence[int]]) -> list[float]:
+    """The logit at the last id of each of TEXTS, of a sequence classification model with one
+    label. Beginnings that they share are computed once."""
+    found = [math.nan] * len(texts)
+    last = [range(len(ids) - 1, len(ids)) for ids in texts]
+    for number, rows in batches.outputs(texts, last):
+        found[number] = float(rows[-1, 0])
+    return found
 
 
 def vocabularies_differ(ours: Tokenizer, other: Tokenizer) -> str | None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from llama import golden
 from llama.config import Head
-from llama.distance import Distance
 from llama.engine import Model, isa_names
 from llama.errors import LlamaError, one_line
 from llama.golden import Golden, Layer
@@ -78,7 +77,7 @@ def selftest(path: Path, threads: int | None = None) -> bool:
         try:
             receipt = read_receipt(meta["quantize.receipt"])
             if receipt.distance is not None:
-                then = Distance(**receipt.distance)
+                then = receipt.distance
                 report.note(f"from its source, {receipt.source}, when quantised: {then}")
         except LlamaError as error:
             report.check("", str(error))

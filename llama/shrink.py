@@ -2,7 +2,8 @@
 
 The C library encodes a few million weights at a time on all cores, the Writer streams them out,
 and memory does not grow with the model. Norms stay f32. With 4 bits the embedding and output
-matrices keep 8: they are read once a token or feed the logits directly, and hurt most.
+matrices keep 8: they are read once a token or feed the logits directly, and hurt most. A head of
+labels, tiny, stays as it is.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from llama import golden
 from llama.cli import say
-from llama.distance import Distance, measure
+from llama.distance import Deviation, Distance, measure
 from llama.engine import Loss, Model, Tensor
 from llama.errors import LlamaError
-from llama.format import Record, TokenizerKind, Writer
+from llama.format import Head, Record, TokenizerKind, Writer
 from llama.quant import TILE_ROWS, Kind, matrix_bytes
 
 BITS = {8: Kind.Q8, 4: Kind.Q4}
@@ -40,7 +40,7 @@ class Receipt:
     bytes_after: int
     bits_per_weight: float  # all of the file's tensor data, padding included
     errors: dict[str, float]  # by tensor: root mean square of the error over that of the weights
-    distance: dict[str, Any] | None = None
+    distance: Distance | Deviation | None = None
 
     def by_role(self) -> dict[str, float]:
         """The errors' means by what the tensors do: "attention.wq", "output"."""
@@ -63,7 +63,7 @@ class Receipt:
         worst = sorted(self.errors.items(), key=lambda entry: -entry[1])[:WORST]
         yield "largest: " + ", ".join(f"{name} {100 * error:.3f}%" for name, error in worst)
         if self.distance is not None:
-            yield f"from the source: {Distance(**self.distance)}"
+            yield f"from the source: {self.distance}"
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -75,20 +75,24 @@ def read_receipt(text: object) -> Receipt:
         entry = json.loads(str(text))
         names = {field.name for field in fields(Receipt)}  # a later version may say more
         receipt = Receipt(**{name: value for name, value in entry.items() if name in names})
+        if receipt.distance is not None:
+            kind = Distance if "mean_kl" in entry["distance"] else Deviation
+            receipt.distance = kind(**entry["distance"])
         list(receipt.lines())
         return receipt
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise LlamaError("quantize.receipt cannot be read") from None
 
 
-def plan(tensors: list[Tensor], bits: int) -> list[Record]:
-    """The kind each tensor will have."""
+def plan(tensors: list[Tensor], bits: int, head: Head = Head.LM) -> list[Record]:
+    """The kind each tensor of a model with HEAD will have."""
     records = []
     for tensor in tensors:
         kind = Kind.F32
         if len(tensor.shape) == 2:
             kind = Kind.Q8 if tensor.name in KEEP_8_BITS else BITS[bits]
-            if matrix_bytes(kind, *tensor.shape) >= tensor.bytes:
+            labels = tensor.name == "output.weight" and head >= Head.SEQUENCE
+            if labels or matrix_bytes(kind, *tensor.shape) >= tensor.bytes:
                 kind = tensor.kind  # it is as small already
         records.append(Record(tensor.name, kind, tensor.shape))
     return records
@@ -103,7 +107,7 @@ def shrink(
     """
     with Model(source) as model:
         tensors = model.tensors
-        records = plan(tensors, bits)
+        records = plan(tensors, bits, model.config.head)
         if all(r.kind == t.kind for r, t in zip(records, tensors, strict=True)):
             raise LlamaError(f"{source}: is in {model.config.dtype} already, not above {bits} bits")
         receipt = Receipt(source.name, bits, model.config.file_bytes, 0, 0.0, {})
@@ -120,7 +124,7 @@ def shrink(
             receipt.bytes_after = writer.file_bytes
             receipt.bits_per_weight = 8 * sum(r.size() for r in records) / weights
             writer.seal()
-            receipt.distance = asdict(measure(source, writer.temporary, threads))
+            receipt.distance = measure(source, writer.temporary, threads)
             writer.set_text("quantize.receipt", receipt.text())
             golden.store(writer, source, threads, say)
     return receipt

@@ -2,7 +2,9 @@
 
 The answers go to stdout, everything else to stderr. The history is a list of messages; each turn
 encodes all of it, and the engine computes only what is new. When the context is full the oldest
-question goes, together with its answer.
+question goes, together with its answer, unless overflow says otherwise. With a session the words
+are written after each turn, which is cheap; keys and values, which could be computed again, at the
+end.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_of
 from llama.completion import Result
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.generate import Llama, Stream
 from llama.machine import cache_folder
+from llama.overflow import slides
 from llama.sampling import SamplingParams
 
 HELP = """\
@@ -34,15 +40,25 @@ class Talk:
     """A conversation: its messages so far and the commands on it."""
 
     def __init__(
-        self, llm: Llama, params: SamplingParams, system: str | None = None, show: bool = False
-    ) -> None:
+        self, llm: Llama, params: SamplingParams, system: str | None = None, show: bool = False,
+        session: Path | None = None,
+    ) -> None:  # fmt: skip
+        """SESSION: the file that the conversation goes on from, if it is there, and is kept in."""
         self.llm = llm
         self.params = params
         self.system = system
         self.show = show
         self.turns: list[dict[str, str]] = []  # user and assistant, by turns
+        self.forgets = llm.overflow.policy == "slide"  # the oldest turns, when there is no room
         self.failed = False
         self._last: Result | None = None
+        self._session = session
+        self._saved: list[dict[str, str]] | None = None  # the words that the session's file holds
+        self._whole = False  # and their keys and values
+        if session is not None and session.exists():
+            self._restore(session)
+        elif session is not None:
+            self._save(words_only=True)  # a place that cannot be written to shows at once
 
     def messages(self) -> list[dict[str, str]]:
         head = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -66,7 +82,20 @@ class Talk:
             say(f"there is no {word}; /help lists the commands")
         elif word:
             self.ask(text)
+        if self._saved is not None and self.messages() != self._saved:
+            try:
+                self._save(words_only=True)
+            except LlamaError as error:
+                self._complain(error)
         return True
+
+    def close(self) -> None:
+        """Keeps the session, keys and values included."""
+        if self._saved is not None and not self._whole:
+            try:
+                self._save(words_only=False)
+            except LlamaError as error:
+                self._complain(error)
 
     def ask(self, text: str) -> None:
         """Answers TEXT on stdout, as the answer comes."""
@@ -123,19 +152,45 @@ class Talk:
             )
         say(speed_line(self.llm))
 
+    def _restore(self, session: Path) -> None:
+        messages, tokens = self.llm.load_session(session)
+        system = None
+        if messages and messages[0]["role"] == "system":
+            system = messages.pop(0)["content"]
+        if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise LlamaError(f"{session}: expected questions and their answers, by turns")
+        if messages and self.system not in (None, system):
+            raise LlamaError(
+                f"{session}: it was begun with another system message, or none; leave --system out"
+            )
+        self.system, self.turns = system if messages else self.system or system, messages
+        self._saved, self._whole = self.messages(), True
+        if messages:
+            computed = f"{tokens} tokens of it computed" if tokens else "to be read again"
+            say(f"({session}: {_turns(len(messages) // 2)} restored, {computed})")
+
+    def _save(self, words_only: bool) -> None:
+        assert self._session is not None
+        self.llm.save_session(self._session, self.messages(), words_only=words_only)
+        self._saved, self._whole = self.messages(), not words_only
+
     def _complain(self, error: LlamaError) -> None:
         self.failed = True
         say(f"chat.py: {error}")
 
     def _fit(self) -> int:
-        """Drops the oldest turns until a quarter of the context, or max_tokens, is free; how
-        many."""
+        """Drops the oldest turns, if it may, until a quarter of the context, or max_tokens, is
+        free; how many. What a question says itself is never dropped unread."""
+        if not self.forgets:
+            return 0
         size = self.llm.max_seq_len
         room = size - min(self.params.max_tokens or size, size // 4)
         dropped = 0
-        while len(self.turns) > 1 and len(self.llm.template.encode(self.messages())) > room:
+        while (n := len(self.llm.template.encode(self.messages()))) > room and len(self.turns) > 1:
             del self.turns[:2]
             dropped += 1
+        if n > size:
+            raise LlamaError(f"the question alone has {n} tokens and the context holds {size}")
         return dropped
 
     def _print(self, stream: Stream) -> None:
@@ -152,8 +207,12 @@ class Talk:
         if result.finish_reason == "cancelled":
             say("(stopped)")
         elif result.finish_reason == "length":
-            full = result.prompt_tokens + len(result.token_ids) >= self.llm.max_seq_len
-            say("(the context is full)" if full else "(cut at --max_tokens)")
+            used = result.prompt_tokens + len(result.token_ids)
+            full = self.llm.overflow.policy != "slide" and used >= self.llm.max_seq_len
+            hint = "" if self.forgets else ": /reset, or --overflow slide"
+            say(f"(the context is full{hint})" if full else "(cut at --max_tokens)")
+        if result.dropped_tokens:
+            say(f"(the context was full: {result.dropped_tokens} tokens forgotten on the way)")
 
 
 def _turns(n: int) -> str:
@@ -178,25 +237,40 @@ def talk(args: Namespace) -> int:
     """Does what the flags say; the exit status."""
     params = params_of(args)
     with open_model(args, template=args.template, date=args.date) as llm:
+        llm.require(Head.LM, "a chat")
         family = llm.template.family  # a base model is refused before the first line
+        if args.overflow is None and slides(llm.config, llm.max_seq_len):
+            llm.overflow = replace(llm.overflow, policy="slide")
         system = None if args.system is None else text_of(args.system)
-        dialog = Talk(llm, params, system, args.show_prompt)
-        reader = _editor() if sys.stdin.isatty() else None
-        if reader is None:
-            for line in iter(sys.stdin.readline, ""):
-                if not dialog.line(line.rstrip("\r\n")):
-                    break
-            return 1 if dialog.failed else 0
-        name = llm.meta.get("general.name") or args.bin or "the default model"
-        say(f"{name} ({llm.config.dtype}, {family}, context {llm.max_seq_len}); /help, /quit")
-        while True:
-            try:
-                if not dialog.line(reader()):
-                    return 0
-            except KeyboardInterrupt:
-                continue  # the line is cleared
-            except EOFError:
-                return 0
+        dialog = Talk(llm, params, system, args.show_prompt, args.session)
+        dialog.forgets |= args.overflow is None  # whole turns go, even if the window cannot slide
+        try:
+            reader = _editor() if sys.stdin.isatty() else None
+            if reader is not None:
+                name = llm.meta.get("general.name") or args.bin or "the default model"
+                kind = f"{llm.config.dtype}, {family}, context {llm.max_seq_len}"
+                say(f"{name} ({kind}); /help, /quit")
+            _lines(dialog, reader)
+        finally:
+            dialog.close()
+        return 1 if dialog.failed and reader is None else 0
+
+
+def _lines(dialog: Talk, reader: Callable[[], str] | None) -> None:
+    """Hands DIALOG each line that READER, else standard input, gives."""
+    if reader is None:
+        for line in iter(sys.stdin.readline, ""):
+            if not dialog.line(line.rstrip("\r\n")):
+                return
+        return
+    while True:
+        try:
+            if not dialog.line(reader()):
+                return
+        except KeyboardInterrupt:
+            continue  # the line is cleared
+        except EOFError:
+            return
 
 
 def _editor() -> Callable[[], str] | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
+from itertools import takewhile
 from typing import Any
 
 from llama.errors import LlamaError
@@ -247,8 +248,27 @@ class ChatTemplate:
             )
         ids: list[int] = []
         for part in joined(self._build(self._tokenizer, dialog, reply, self.style)):
-            ids += self._tokenizer.encode(part) if isinstance(part, str) else [part]
+            if isinstance(part, str):
+                continues = bool(ids) and self._tokenizer.spaces_first
+                ids += self._tokenizer.encode(part, continues=continues)
+            else:
+                ids.append(part)
         return ids
+
+    def question_starts(
+        self, messages: Sequence[Mapping[str, str]], ids: Sequence[int]
+    ) -> list[int]:
+        """Where each of the user's texts begins in IDS, the MESSAGES' tokens: the place up to which
+        any two texts there have the same tokens."""
+        starts = []
+        for number, message in enumerate(messages):
+            if message["role"] == "user":
+                a, b = (self.encode([*messages[:number], {"role": "user", "content": text}])
+                        for text in "ab")  # fmt: skip
+                same = takewhile(lambda x: x[0] == x[1] == x[2], zip(ids, a, b, strict=False))
+                starts.append(len(list(same)))
+        return starts
+
 
 
 class JinjaTemplate:
@@ -375,7 +395,8 @@ def _style(family: str, source: str, name: str, date: str | None) -> Style:
     if family == "codellama70b":
         return Style(as_meta=not source)
     if family == "llama3" and ("Cutting Knowledge Date" in source or (date and not source)):
-        # 3.1's template has a fixed date, 3.2's and 3.3's ask the clock
+        # 3.1's template has a fixed date, 3.2's and 3.3's ask the clock; Meta's own files come
+        # without one, and its code writes no date by itself (llama-models, chat_format.py)
         if date is None and "strftime_now" in source:
             date = datetime.now().strftime("%d %b %Y")
         return Style(dated=True, date=date or LLAMA31_DATE)

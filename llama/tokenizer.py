@@ -15,6 +15,7 @@ import json
 import operator
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ class Tokenizer(ABC):
     kind = "none"
     errors = "replace"  # the codec's handler of invalid UTF-8
     strips_space = False  # whether decoding drops the space before the very first word
+    control_cuts = False  # whether a control token ends a character that is not complete
+    strips_all = False  # and every other one before it, as where runs of spaces are one
+    spaces_first = False  # encoding puts it there at a prompt's beginning only, not after a mark
 
     def __init__(
         self, size: int, vocab_size: int, bos_id: int | None, eos_ids: Iterable[int],
@@ -69,7 +73,7 @@ class Tokenizer(ABC):
         self._bytes: dict[int, bytes] = {}
 
     @abstractmethod
-    def _encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]: ...
 
     @abstractmethod
     def _piece_bytes(self, token: int) -> bytes:
@@ -79,10 +83,12 @@ class Tokenizer(ABC):
         return self.strips_space and self.token_bytes(token).startswith(b" ")
 
     def encode(
-        self, text: str, bos: bool = False, eos: bool = False, parse_special: bool = False
-    ) -> list[int]:
+        self, text: str, bos: bool = False, eos: bool = False, parse_special: bool = False,
+        continues: bool = False,
+    ) -> list[int]:  # fmt: skip
         """Token ids of TEXT. BOS and EOS add the model's begin and (first) end token, where it
-        has them. Control tokens written in TEXT are plain text unless PARSE_SPECIAL."""
+        has them. Control tokens written in TEXT are plain text unless PARSE_SPECIAL. CONTINUES:
+        other text stands before it, so that no space is put before its first word."""
         if not isinstance(text, str):
             raise LlamaError(f"text must be a str, found {type(text).__name__}")
         try:
@@ -92,7 +98,7 @@ class Tokenizer(ABC):
                 f"text has half a surrogate pair at character {error.start}, which is no "
                 "character of Unicode"
             ) from None
-        ids = self._encode(text, parse_special)
+        ids = self._encode(text, parse_special, continues)
         if not parse_special and not self._control_ids.isdisjoint(ids):
             found = next(self.piece(token) for token in ids if token in self._control_ids)
             raise LlamaError(
@@ -141,6 +147,18 @@ class Tokenizer(ABC):
             return self._pieces[token]
         return self.token_bytes(token).decode("utf-8", "backslashreplace")
 
+    def shown(self, token: int) -> str:
+        """piece() in quotes on one line, for a person: as repr has it, a lone byte as \\xNN."""
+        if token in self._pieces:
+            return repr(self._pieces[token])
+        text = self.token_bytes(token).decode("utf-8", "surrogateescape")
+        inner = "".join(
+            f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff"
+            else "\\'" if char == "'" else repr(char)[1:-1]
+            for char in text
+        )  # fmt: skip
+        return f"'{inner}'"
+
     def is_control(self, token: int) -> bool:
         return token in self._control_ids
 
@@ -164,10 +182,12 @@ class StreamDecoder:
     def feed(self, token: int) -> str:
         """The characters that TOKEN completes, "" if none."""
         data = self._tokenizer.token_bytes(token)
+        if not data and self._tokenizer.control_cuts:
+            return self.finish()
         if self._fresh and data:
-            self._fresh = False
             if self._tokenizer._drops_space(token):
                 data = data[1:]
+            self._fresh = self._tokenizer.strips_all and not data
         return self._utf8.decode(data)
 
     def finish(self) -> str:
@@ -185,14 +205,15 @@ class NoTokenizer(Tokenizer):
         return LlamaError("this model file holds no tokenizer; give token ids")
 
     def encode(
-        self, text: str, bos: bool = False, eos: bool = False, parse_special: bool = False
-    ) -> list[int]:
+        self, text: str, bos: bool = False, eos: bool = False, parse_special: bool = False,
+        continues: bool = False,
+    ) -> list[int]:  # fmt: skip
         raise self._refuse()
 
     def decode(self, ids: Iterable[int]) -> str:
         raise self._refuse()
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         raise self._refuse()
 
     def _piece_bytes(self, token: int) -> bytes:
@@ -204,12 +225,14 @@ class SentencePiece(Tokenizer):
 
     kind = "sentencepiece"
     errors = "llama-each-byte"
+    control_cuts = True
 
     def __init__(
         self, data: bytes, vocab_size: int, bos_id: int | None, eos_ids: Iterable[int]
     ) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self._stand_in: str | None = None  # found when it is first needed
         self._model: Any = SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
@@ -227,14 +250,38 @@ class SentencePiece(Tokenizer):
             self.strips_space = not self._model.Decode([first, first]).startswith(
                 self._piece_bytes(first).decode() * 2
             )
+            self.strips_all = self._model.Decode([self._model.PieceToId(SPACE)] * 2) == ""
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        if not (parse_special and self.control):
-            return list(self._model.EncodeAsIds(text))
+    def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         ids: list[int] = []
-        for part in split_at(self.control, text):
-            ids += [self.control[part]] if part in self.control else self._model.EncodeAsIds(part)
+        for part in split_at(self.control, text) if parse_special else [text]:
+            if part in self.control and parse_special:
+                ids.append(self.control[part])
+            elif continues:
+                ids += self._continue(part)
+            else:
+                ids += self._model.EncodeAsIds(part)
+            continues = continues or self.spaces_first
         return ids
+
+    def _continue(self, text: str) -> list[int]:
+        """TEXT behind a character that joins nothing, as in Meta's encode_infilling
+        (codellama/llama/tokenizer.py)."""
+        if not self.strips_space:
+            return list(self._model.EncodeAsIds(text))
+        if self._stand_in is None:
+            self._stand_in = self._find_stand_in()
+        ids: list[int] = self._model.EncodeAsIds(self._stand_in + text)
+        return ids[len(self._model.EncodeAsIds(self._stand_in)) :]
+
+    def _find_stand_in(self) -> str:
+        model = self._model
+        pieces: list[str] = [model.IdToPiece(token) for token in range(model.GetPieceSize())]
+        inside = Counter(char for piece in pieces for char in set(piece))
+        for char in ["☺", *(piece for piece in pieces if len(piece) == 1 and piece != SPACE)]:
+            if inside[char] == 1 and model.PieceToId(char) != model.unk_id():
+                return char
+        raise LlamaError("this tokenizer always puts a space before a text")
 
     def _piece_bytes(self, token: int) -> bytes:
         piece: str = self._model.IdToPiece(token)
@@ -258,8 +305,9 @@ class HuggingFace(Tokenizer):
     ) -> None:
         self._plain = self._load(data)
         self._plain.encode_special_tokens = True
-        self._data: bytes | None = data
-        self._special: Any = None  # a second one that parses control tokens, once asked for
+        self._data = data
+        # the ones beside it, by (parses control tokens, continues), once they are asked for
+        self._others: dict[tuple[bool, bool], Any] = {}
         vocabulary: dict[str, int] = self._plain.get_vocab(with_added_tokens=True)
         control = {
             added.content: token
@@ -267,7 +315,11 @@ class HuggingFace(Tokenizer):
         }  # fmt: skip
         size = max(vocabulary.values(), default=-1) + 1
         super().__init__(size, vocab_size, bos_id, eos_ids, control)
-        decoder = self._plain.decoder
+        cutter, decoder = self._plain.pre_tokenizer, self._plain.decoder
+        self.spaces_first = cutter is not None and any(
+            step["type"] == "Metaspace" and step.get("prepend_scheme") == "first"
+            for step in _steps(json.loads(cutter.__getstate__()))
+        )
         steps = list(_steps(json.loads(decoder.__getstate__()))) if decoder is not None else []
         kinds = {step["type"] for step in steps}
         self._byte_level = kinds == {"ByteLevel"}
@@ -298,13 +350,15 @@ class HuggingFace(Tokenizer):
         loaded.no_padding()
         return loaded
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         model = self._plain
-        if parse_special:
-            if self._special is None:
-                assert self._data is not None
-                self._special, self._data = self._load(self._data), None
-            model = self._special
+        if parse_special or continues:
+            which = parse_special, continues
+            if which not in self._others:
+                other = self._load(_without_space(self._data) if continues else self._data)
+                other.encode_special_tokens = not parse_special
+                self._others[which] = other
+            model = self._others[which]
         return list(model.encode(text, add_special_tokens=False).ids)
 
     def _piece_bytes(self, token: int) -> bytes:
@@ -354,7 +408,7 @@ class Tiktoken(Tokenizer):
                 raise
             raise LlamaError(f"the tiktoken ranks cannot be used: {error}") from None
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         allowed = set(self.control) if parse_special else set[str]()
         ids: list[int] = []
         for part in _bounded(text):
@@ -372,7 +426,9 @@ def open_tokenizer(
     """The tokenizer that a .bin holds: KIND and DATA as Engine.tokenizer gives them."""
     eos_ids = tuple(eos_ids)
     if kind == "sentencepiece":
-        return SentencePiece(data, vocab_size, bos_id, eos_ids)
+        found = SentencePiece(data, vocab_size, bos_id, eos_ids)
+        found.spaces_first = meta.get("tokenizer.spaces_first") == 1
+        return found
     if kind == "json":
         return HuggingFace(data, vocab_size, bos_id, eos_ids)
     if kind == "tiktoken":
@@ -402,12 +458,33 @@ def _special(text: Any) -> dict[str, int]:
     raise LlamaError('tokenizer.special must be JSON, {"piece": id}')
 
 
-def _steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if decoder["type"] == "Sequence":
-        for step in decoder["decoders"]:
+def _steps(part: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, in order."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield dict(part)
+        return
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for step in part.get(key, ()):
             yield from _steps(step)
-    else:
-        yield decoder
+
+
+def _without_space(data: bytes) -> bytes:
+    """A tokenizer.json that puts no space before a text."""
+    document = json.loads(data)
+    kept = [s for s in _steps(document.get("normalizer")) if s["type"] != "Prepend"]
+    document["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    steps = list(_steps(document.get("pre_tokenizer")))
+    for step in steps:
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)  # how older files say it
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    if steps:
+        document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    return json.dumps(document).encode()
 
 
 def _bounded(text: str) -> Iterator[str]:

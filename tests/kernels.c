@@ -117,7 +117,7 @@ int near(double want, double got, double bound) {
 
 // ---- matmul
 
-enum { N_KINDS = 5 };
+enum { N_KINDS = LLAMA_Q4 + 1 };
 enum scene { PLAIN, LOW, HIGH, LOWEST, TINY, HUGE_SCALES, SPECIAL, ZEROS, N_SCENES };
 static const char *const scene_names[] = {"plain",       "codes -127", "codes 127", "codes -128",
                                           "tiny scales", "huge",       "specials",  "zeros"};
@@ -126,7 +126,7 @@ typedef void matmul_entry(const struct matmul *m, size_t first, size_t last);
 
 static matmul_entry *matmul_of(const struct kernels *k, uint32_t kind) {
     matmul_entry *entries[N_KINDS] = {k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8,
-                                      k->matmul_q4};
+                                      [LLAMA_Q4] = k->matmul_q4};
     return entries[kind];
 }
 
@@ -232,6 +232,7 @@ static void test_matmuls(void) {
     static const size_t columns[] = {1, 31, 32, 33, 100, 576, 2081, 4600},
                         strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
+        if (!kind_find(kind)) continue;
         for (size_t s = 0; s < 5; s++)
             for (size_t c = 0; c < 8; c++)
                 for (size_t n = 0; n < 8; n++)
@@ -277,6 +278,7 @@ int main(int argc, char **argv) {
     run("matmul", test_matmuls);
     run("rows", test_rows);
     run("attention", test_attention);
+    run("fits", test_fits);
     printf("%zu passed, %zu failed\n", passed, failed);
     return failed > 0;
 }

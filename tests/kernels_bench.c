@@ -136,7 +136,7 @@ static void run_matmul(void *context, size_t part, size_t parts) {
 static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns, size_t n,
                          size_t threads) {
     void (*entries[])(const struct matmul *, size_t, size_t) = {
-        k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, k->matmul_q4};
+        k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, [LLAMA_Q4] = k->matmul_q4};
     size_t strip = kind_strip_bytes(kind_find(kind), columns), groups = (columns + 31) / 32;
     size_t strips = n == 1 ? WEIGHT_BYTES / strip : 48;
     float *x = malloc(n * columns * sizeof *x), *d = malloc(n * groups * sizeof *d);
@@ -234,6 +234,8 @@ static void bench_rows(const struct kernels *k) {
 }
 
 void kernels_bench(const char *isa) {
+    enum { N_KINDS = 5, N_FLOATS = 3 };
+    static const uint32_t kinds[N_KINDS] = {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4};
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     size_t threads = online < 1 ? 1 : online > MOST_THREADS ? MOST_THREADS : (size_t)online;
     weights = aligned_alloc(4096, WEIGHT_BYTES);
@@ -243,15 +245,15 @@ void kernels_bench(const char *isa) {
     for (size_t i = 0; i + 1 < n_sets; i++) {
         if (isa && strcmp(isa, sets[i]->isa) != 0)
             continue;
-        for (uint32_t kind = 0; kind < 5; kind++)
-            bench_matmul(sets[i], kind, 4096, 1, threads);
-        for (uint32_t kind = 3; kind < 5; kind++) {
-            bench_matmul(sets[i], kind, 576, 1, threads);
-            bench_matmul(sets[i], kind, 4096, 8, threads);
+        for (size_t j = 0; j < N_KINDS; j++)
+            bench_matmul(sets[i], kinds[j], 4096, 1, threads);
+        for (size_t j = N_FLOATS; j < N_KINDS; j++) {
+            bench_matmul(sets[i], kinds[j], 576, 1, threads);
+            bench_matmul(sets[i], kinds[j], 4096, 8, threads);
         }
-        for (uint32_t kind = 0; kind < 5; kind++) {
-            bench_matmul(sets[i], kind, 4096, 64, threads);
-            bench_matmul(sets[i], kind, 4096, 512, threads);
+        for (size_t j = 0; j < N_KINDS; j++) {
+            bench_matmul(sets[i], kinds[j], 4096, 64, threads);
+            bench_matmul(sets[i], kinds[j], 4096, 512, threads);
         }
         bench_rows(sets[i]);
     }

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include "../lib/cpu/kernels.h"
+#include "../lib/llama.h"
 
 extern const struct kernels *sets[8]; // what this CPU runs, best first, scalar last
 extern size_t n_sets;
@@ -26,6 +27,7 @@ void fill(float *x, size_t n, float scale);
 
 void test_rows(void);      // kernels_rows.c
 void test_attention(void);
+void test_fits(void);
 void test_numbers(void);   // kernels_numbers.c
 void kernels_bench(const char *isa); // kernels_bench.c; NULL: all
 #endif

@@ -318,3 +318,54 @@ void test_attention(void) {
                         test_attend((struct shape){queries[q], dims[d], positions[p]}, hold,
                                     specials);
 }
+
+/* A scale, a shift and the levels nearest to them leave no more than plain choices do. */
+static double fit_error(const float *x, const float *w, float scale, float shift, size_t r) {
+    double sum = 0;
+    for (size_t c = 0; c < GROUP; c++) {
+        double best = INFINITY;
+        for (int i = 0; i < 16; i++) {
+            const double off = (double)x[c * TILE_ROWS + r] - scale * (q4_levels[i] + shift);
+            best = fmin(best, w[c] * off * off);
+        }
+        sum += best;
+    }
+    return sum;
+}
+
+static void test_fit(float size, float middle, int scene) {
+    float x[GROUP * TILE_ROWS], w[GROUP], want[2 * TILE_ROWS], got[2 * TILE_ROWS], eight[TILE_ROWS];
+    char what[64];
+    size_t worse = 0;
+    for (size_t i = 0; i < GROUP * TILE_ROWS; i++)
+        x[i] = scene == 1 && i % 5 ? 0 : size * (middle + uniform() * uniform());
+    for (size_t c = 0; c < GROUP; c++) w[c] = scene == 2 ? c % 3 ? uniform() + 1 : 0 : 1;
+    if (scene == 3) x[3 * TILE_ROWS] = 1e4f;
+    sets[n_sets - 1]->fit_q4(x, w, want, want + TILE_ROWS);
+    snprintf(what, sizeof what, "fit_q4 of %g around %g, scene %d", (double)size, (double)middle,
+             scene);
+    sets[n_sets - 1]->fit_q8(x, eight);
+    for (size_t i = 0; i + 1 < n_sets; i++) {
+        sets[i]->fit_q8(x, got);
+        same(sets[i]->isa, "fit_q8", eight, got, TILE_ROWS);
+        sets[i]->fit_q4(x, w, got, got + TILE_ROWS);
+        same(sets[i]->isa, what, want, got, 2 * TILE_ROWS);
+    }
+    for (size_t r = 0; r < TILE_ROWS; r++) {
+        float most = 0;
+        for (size_t c = 0; c < GROUP; c++)
+            most = fmaxf(most, w[c] > 0 ? fabsf(x[c * TILE_ROWS + r]) : 0);
+        if (size < 1e-4f) continue; // there the scale's own steps decide
+        const double error = fit_error(x, w, want[r], want[r + TILE_ROWS], r);
+        worse += error > 1.001 * fit_error(x, w, 0, 0, r);
+        worse += error > 1.2 * fit_error(x, w, most / 107, 0, r) + 1e-12;
+        worse += error > 1.2 * fit_error(x, w, -most / 107, 0, r) + 1e-12;
+    }
+    check(worse == 0, "scalar %s: %zu rows that a plain scale serves better", what, worse);
+}
+
+void test_fits(void) {
+    for (float size = 1e-7f; size < 1e3f; size *= 10)
+        for (int middle = -2; middle <= 2; middle++)
+            for (int scene = 0; scene < 4; scene++) test_fit(size, 0.3f * (float)middle, scene);
+}

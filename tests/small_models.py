@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama.format import Bin, Config, Record, Rope, Writer, expected_tensors
+from llama.format import Bin, Config, Head, Record, Rope, Writer, expected_tensors
 from llama.quant import Kind, matrix_bytes
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -36,6 +36,12 @@ ROPE_NAMES = {
     Rope.LLAMA3: ["factor", "low_freq_factor", "high_freq_factor", ORIGINAL],
     Rope.YARN: ["factor", ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"],
     Rope.DYNAMIC: ["factor"],
+}  # fmt: skip
+
+CLASSES = {
+    Head.LM: "LlamaForCausalLM", Head.NONE: "LlamaModel",
+    Head.SEQUENCE: "LlamaForSequenceClassification", Head.ANSWER: "LlamaForQuestionAnswering",
+    Head.TOKEN: "LlamaForTokenClassification",
 }  # fmt: skip
 
 
@@ -244,11 +250,14 @@ def of_kind(folder: Path, shape: Config, kind: Kind, seed: int = 0) -> Path:
 
 
 def transformers_llama(
-    shape: Config, dtype: str = "f32", seed: int = 0, rope: dict[str, Any] | None = None
-) -> Any:
-    """transformers' own model of SHAPE, random; weights rounded to DTYPE and kept in float32.
+    shape: Config, dtype: str = "f32", seed: int = 0, rope: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:  # fmt: skip
+    """transformers' own model of SHAPE and its head, random; weights rounded to DTYPE and kept in
+    float32.
 
-    ROPE are rope_parameters to take in place of the shape's, all but rope_theta.
+    ROPE are rope_parameters to take in place of the shape's, all but rope_theta; CHANGES are
+    settings of config.json.
     """
     import transformers
 
@@ -262,9 +271,13 @@ def transformers_llama(
         rope["rope_type"] = "default" if plain else shape.rope_scaling.name.lower()
     parameters = {**rope, "rope_theta": shape.rope_theta}
     settings = hf_settings(shape, rope_parameters=parameters, pad_token_id=None)
+    if shape.n_labels:
+        settings["num_labels"] = shape.n_labels
+    settings |= changes
     del settings["rope_scaling"], settings["rope_theta"]
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    made = getattr(transformers, CLASSES[shape.head])
+    model = made(transformers.LlamaConfig(**settings)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

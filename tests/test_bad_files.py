@@ -21,7 +21,7 @@ import small_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.config import Rope
+from llama.config import Head, Rope, expected_tensors
 from llama.engine import Engine, Model
 from llama.errors import LlamaError
 from llama.format import Required, TokenizerKind, read
@@ -304,7 +304,8 @@ def test_sizes_whose_products_overflow(folder: Path, good: bytes) -> None:
         (72, "I", 2**32 - 1, "tokenizer kind 4294967295"),
         (76, "I", 2, "layers.0.attention.wq.bias is missing"),
         (76, "I", 4, "layers.0.feed_forward.w1.bias is missing"),
-        (76, "I", 8, "unknown flags 0x8"),
+        (76, "I", 8, "head 0 has no bias"),
+        (76, "I", 16, "unknown flags 0x10"),
         (76, "I", 2**31, "unknown flags 0x80000000"),
         (92, "I", 3, "head_dim is 3, expected an even number"),
         (104, "I", 3, "n_kv_heads is 3, expected a divisor of n_heads 2"),
@@ -333,6 +334,58 @@ def test_lies_in_the_header(
     folder: Path, good: bytes, at: int, code: str, value: Any, says: str
 ) -> None:
     assert says in refused(folder, changed(good, (at, code, value)))
+
+
+HEAD, LABELS, FLAGS = 196, 200, 76
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({HEAD: 5}, "head 5 is not known"),
+        ({HEAD: 9}, "head 9 is not known"),
+        ({HEAD: 2**32 - 1}, "head 4294967295 is not known"),
+        ({HEAD: 2}, "0 labels for head 2"),
+        ({HEAD: 4}, "0 labels for head 4"),
+        ({LABELS: 5}, "5 labels for head 0"),
+        ({HEAD: 1, LABELS: 1}, "1 labels for head 1"),
+        ({HEAD: 2, LABELS: 65537}, "65537 labels for head 2"),
+        ({HEAD: 4, LABELS: 2**32 - 1}, "4294967295 labels for head 4"),
+        ({HEAD: 3, LABELS: 3}, "an answer's head has 3 outputs, expected 2"),
+        ({HEAD: 3, LABELS: 1}, "an answer's head has 1 outputs, expected 2"),
+        ({HEAD: 3, LABELS: 2}, "output.weight has shape (19, 10), expected (2, 10)"),
+        ({HEAD: 2, LABELS: 65536}, "output.weight has shape (19, 10), expected (65536, 10)"),
+        ({HEAD: 2, LABELS: 19, FLAGS: 1}, "head 2 cannot be tied"),
+        ({HEAD: 1, FLAGS: 1}, "head 1 cannot be tied"),
+        ({HEAD: 1, FLAGS: 8}, "head 1 has no bias"),
+        ({FLAGS: 8}, "head 0 has no bias"),
+        ({FLAGS: 9}, "head 0 has no bias"),
+        ({HEAD: 4, LABELS: 19, FLAGS: 8}, "output.bias is missing"),
+    ],
+)
+def test_lies_about_the_head(
+    folder: Path, good: bytes, values: dict[int, int], says: str
+) -> None:
+    assert says in refused(folder, changed(good, *((at, "I", n) for at, n in values.items())))
+
+
+@pytest.mark.parametrize("values", [{HEAD: 1}, {HEAD: 2, LABELS: 19}, {HEAD: 4, LABELS: 19}])
+def test_another_head_can_be_true(folder: Path, good: bytes, values: dict[int, int]) -> None:
+    path = folder / "other.bin"
+    path.write_bytes(changed(good, *((at, "I", n) for at, n in values.items())))
+    use(path)
+    with Model(path) as model:
+        assert (model.config.head, model.config.n_labels) == (values[HEAD], values.get(LABELS, 0))
+        assert read(path).config.head == values[HEAD]
+
+
+def test_a_bias_of_another_shape(folder: Path) -> None:
+    shape = small_models.config(head=Head.TOKEN, n_labels=3, output_bias=True, n_layers=1)
+    data = small_models.write_bin(folder / "biased.bin", shape).read_bytes()
+    record = RECORDS + RECORD * list(expected_tensors(shape)).index("output.bias")
+    assert data[record : record + 12] == b"output.bias\0"
+    lie = changed(data, (record + 72, "Q", 4), (record + 96, "Q", 16))
+    assert "output.bias has shape (4, 1), expected (3, 1)" in refused(folder, lie)
 
 
 def name64(text: bytes) -> bytes:

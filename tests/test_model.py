@@ -133,4 +133,4 @@ def test_it_needs_neither_library_nor_transformers(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
-    assert len(Path(model.__file__).read_text().splitlines()) < 240
+    assert len(Path(model.__file__).read_text().splitlines()) < 260

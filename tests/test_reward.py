@@ -160,10 +160,10 @@ def test_one_judge_serves_any_chunks_and_company(llm: Llama, folder: Path) -> No
     ids = [3 + (7 * i * i) % 256 for i in range(500)]
     path = write(folder / "long.bin", shape, 5)
     with Llama(path) as judge:
-        whole = reward.score(judge._batches, ids)
-        reward.score(judge._batches, ids[:300])
-        assert reward.score(judge._batches, ids) == whole
-    assert whole == pytest.approx(theirs(path)(ids), rel=1e-3, abs=1e-4)
+        whole = reward.scores(judge._batches, [ids])
+        reward.scores(judge._batches, [ids[:300]])
+        assert reward.scores(judge._batches, [ids, ids[:300]])[0] == whole[0]
+    assert whole[0] == pytest.approx(theirs(path)(ids), rel=1e-3, abs=1e-4)
 
 
 def test_completions_end_where_the_judges_context_does(llm: Llama, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_wrong_calls(llm: Llama, judge: Llama, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(LlamaError, match="reward must be a Llama, found str"):
         llm.generate("Once", best_of=2, reward="reward.bin")  # type: ignore[call-overload]
     with monkeypatch.context() as patch:
-        patch.setattr(reward, "score", lambda batches, ids: math.nan)
+        patch.setattr(reward, "scores", lambda batches, texts: [math.nan] * len(texts))
         with pytest.raises(LlamaError, match="the reward of completion 0 is nan"):
             llm.generate("Once", DRAWN, best_of=2, reward=judge)
     judge.close()

@@ -155,7 +155,7 @@ def test_bad_prompt_files(stories: Path, tmp_path: Path, content: Any, what: str
         (["--stop=", "a"], "stop must hold strings that are not empty"),
         (["--ids=1,x"], "--ids must be whole numbers"), (["--ids="], "--ids must be whole num"),
         (["--ids=1,512"], "token id must be 0 to 511, found 512"),
-        (["--ids=1", "a"], "give one of PROMPT, --ids and --prompts"),
+        (["--ids=1", "a"], "give one of PROMPT, --ids, --prompts and --prefix"),
         (["--threads=-2", "a"], "threads is -2, expected 1 to 1024"),
         (["--threads=0", "a"], "threads is 0, expected 1 to 1024"),
         (["--device=abacus", "a"], "abacus"), (["--kv=f8", "a"], "f8"),

@@ -303,9 +303,29 @@ def test_the_date_of_a_llama(tiny: Path) -> None:
 
     with Llama(tiny, date="1 May 2025") as llm, pytest.raises(LlamaError, match="says no date"):
         llm.chat([{"role": "user", "content": "Hi"}])
+    with Llama(tiny) as llm, pytest.raises(LlamaError, match="date is 'x' and .* says no date"):
+        llm.stream_chat([{"role": "user", "content": "Hi"}], date="x")
     with Llama(tiny, template="llama3", date="1 May 2025") as llm:
         with pytest.raises(LlamaError, match="no control token '<.start_header_id.>'"):
             llm.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_date_for_one_answer() -> None:
+    from fake_engine import FakeEngine
+
+    from llama.generate import Llama
+    from llama.sampling import SamplingParams
+
+    fake = FakeEngine(64)
+    fake.meta = {"template.jinja": "{{ date_string }}|{{ messages[0]['content'] }}|"}
+    llm = Llama.on(fake, date="2 June")  # type: ignore[arg-type]
+    asked = [{"role": "user", "content": "Hi"}]
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    for date, length in ((None, 10), ("May", 7), ("1 July 25", 13), (None, 10)):
+        assert llm.chat(asked, params, date=date).prompt_tokens == length
+        assert "".join(llm.stream_chat(asked, params, date=date))
+    with pytest.raises(LlamaError, match="date must be like"):
+        llm.chat(asked, params, date="<|im_end|>")
 
 
 # --- a family that is not known

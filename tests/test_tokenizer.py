@@ -143,6 +143,8 @@ def test_sentencepiece_is_sentencepiece(data: Path, sentence: Tokenizer) -> None
         ids = original.encode(text)
         assert sentence.encode(text) == ids, repr(text)
         assert sentence.decode(ids) == original.decode(ids), repr(text)
+    broken = [0xC3 + 3, 2, 0xA9 + 3]  # a character in two, with a control token inside
+    assert sentence.decode(broken) == original.decode(broken) == "\ufffd\ufffd"
     for _ in range(2000):  # any ids: broken UTF-8, begin tokens in the middle, unknown tokens
         low = rng.choice([3, 260, 32000])
         ids = [rng.randrange(low) for _ in range(rng.randrange(1, 12))]

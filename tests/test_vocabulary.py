@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from llama.checkpoints import tokenizer_file, vocabulary
 from llama.checkpoints.gguf_container import Container
-from llama.checkpoints.vocabulary import CONTROL, NORMAL, USER_DEFINED
+from llama.checkpoints.model_proto import CONTROL, NORMAL, USER_DEFINED
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
 
@@ -211,15 +211,20 @@ def test_hostile_sentencepiece_lists(data: Path) -> None:
 # ---- files of their own ----
 
 
+def llama2c_file(model: SentencePieceProcessor) -> bytes:
+    """A tokenizer.bin as llama2.c writes it."""
+    out = bytearray(struct.pack("<I", 27))
+    for i in range(model.vocab_size()):
+        piece = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, model.id_to_piece(i)).replace("▁", " ")
+        raw = piece.encode("utf-8")
+        out += struct.pack("<fi", model.get_score(i), len(raw)) + raw
+    return bytes(out)
+
+
 def test_llama2cs_tokenizer_bin(data: Path, tmp_path: Path) -> None:
     """Written here as llama2.c writes it, from Llama 2's model; rebuilt to the same ids."""
     theirs = SentencePieceProcessor(model_file=str(data / "tokenizers/llama2_tokenizer.model"))
-    out = bytearray(struct.pack("<I", 27))
-    for i in range(theirs.vocab_size()):
-        piece = theirs.id_to_piece(i)
-        piece = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, piece).replace("▁", " ")
-        raw = piece.encode("utf-8")
-        out += struct.pack("<fi", theirs.get_score(i), len(raw)) + raw
+    out = llama2c_file(theirs)
     path = tmp_path / "tokenizer.bin"
     path.write_bytes(out)
     found = tokenizer_file.read(path)

@@ -125,57 +125,57 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
         _mm256_storeu_ps(half_sums(m, at, i % H, i / H), acc[i]);
 }
 
-/* Columns 4 * j to 4 * j + 3 of half H of a block: signed bytes of q8, the codes 0..15 of q4. */
+/* Columns 4 * j to 4 * j + 3 of half H of a block, signed bytes; of q4 the levels. */
 INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS + 32 * h; // the scales stand first
     if (kind == Q8) return _mm256_loadu_si256((const void *)(q + 64 * j));
     __m256i both = _mm256_loadu_si256((const void *)(q + 64 * (j % 4)));
-    return _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+    both = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+    const __m128i levels = _mm_loadu_si128((const void *)q4_levels);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), both);
 }
 
-/* first_sum, eight times dot over a group's columns, last_sum: the exact sums of code * q. The
- * instructions multiply unsigned by signed bytes, so an offset (128 for q8, 8 for q4) goes on the
- * weights' codes and OFFSET_SUM, that offset times the sum of the group's q, comes off. */
+/* s + the dot products of each lane's four weight codes with the four bytes of A. */
 #if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
 #if defined(__AVXVNNI__)
 #define DPBUSD _mm256_dpbusd_avx_epi32
 #else
 #define DPBUSD _mm256_dpbusd_epi32
 #endif
-INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
-    (void)kind;
-    return _mm256_sub_epi32(_mm256_setzero_si256(), offset_sum);
-}
-
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
-    if (kind == Q8) w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    return DPBUSD(sum, w, a);
-}
-
-INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind) {
-    (void)offset_sum, (void)kind;
-    return sum;
+/* vpdpbusd wants one factor unsigned: codes go OFFSET higher, and OFFSET times the sum of the
+ * group's a is taken away before (first_sum). */
+enum { OFFSET = 128 };
+INLINE __m256i dot(__m256i s, __m256i w, __m256i a) {
+    return DPBUSD(s, _mm256_xor_si256(w, _mm256_set1_epi8((char)OFFSET)), a);
 }
 #else
-/* vpmaddubsw adds two products in 16 bits, saturating. q4: all eight steps fit in 16 bits, for
- * 8 * 2 * 15 * 127 = 30480, so they are added there. q8: |w| times a with w's sign, at most
- * 2 * 128 * 127 = 32512, needs no offset but must be widened at each step. */
-INLINE __m256i first_sum(__m256i offset_sum, enum store kind) {
-    (void)offset_sum, (void)kind;
-    return _mm256_setzero_si256();
-}
-
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i a, enum store kind) {
-    if (kind == Q4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
+/* vpmaddubsw saturates at 16 bits: |w| times a with w's sign is at most 2 * 128 * 127 = 32512. */
+enum { OFFSET = 0 };
+INLINE __m256i dot(__m256i s, __m256i w, __m256i a) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-INLINE __m256i last_sum(__m256i sum, __m256i offset_sum, enum store kind) {
-    if (kind == Q8) return sum;
-    return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), offset_sum);
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
+
+/* What each row of half H of a q4 block adds to its levels, less OFFSET. */
+INLINE __m256i shifts(const uint8_t *block, int h) {
+    __m256i d = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(block + 16 * h)));
+    d = _mm256_slli_epi32(_mm256_and_si256(d, _mm256_set1_epi32(Q4_SHIFT_BITS)), 1);
+    return _mm256_add_epi32(d, _mm256_set1_epi32(Q4_LEAST_SHIFT - OFFSET));
+}
+
+/* Where a group's sum starts, SUM being that of its a, at most 32 * 127: 16 bits are enough. */
+INLINE __m256i first_sum(__m256i shift, int32_t sum, enum store kind) {
+    if (kind == Q8) return _mm256_set1_epi32(-OFFSET * sum);
+    return _mm256_madd_epi16(shift, _mm256_set1_epi32(sum & 0xffff));
+}
+
+INLINE __m256 scales(const uint8_t *block, int h, enum store kind) {
+    __m128i d = _mm_loadu_si128((const void *)(block + 16 * h));
+    if (kind == Q8) return _mm256_cvtph_ps(d);
+    d = _mm_and_si128(d, _mm_set1_epi16((short)Q4_SCALE_BITS));
+    return _mm256_mul_ps(_mm256_cvtph_ps(d), broadcast(1 / Q4_SCALE));
+}
 
 INLINE __m256i broadcast4(const int8_t *q) {
     int32_t four;
@@ -191,28 +191,28 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m256 acc[MOST_SUMS];
-    __m256i sum[MOST_SUMS], w[MOST_HALVES];
+    __m256i sum[MOST_SUMS], w[MOST_HALVES], shift[MOST_HALVES];
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
-        const int offset = kind == Q8 ? 128 : 8;
+        UNROLL for (int h = 0; h < H; h++)
+            shift[h] = kind == Q4 ? shifts(block + h / 2 * m->strip_bytes, h % 2)
+                                  : _mm256_setzero_si256();
         UNROLL for (int i = 0; i < H * T; i++)
-            sum[i] = first_sum(_mm256_set1_epi32(offset * in->sum[token + i / H * groups + g]),
-                               kind);
+            sum[i] = first_sum(shift[i % H], in->sum[token + i / H * groups + g], kind);
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int h = 0; h < H; h++)
                 w[h] = codes(block + h / 2 * m->strip_bytes, j, h % 2, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 __m256i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
                 UNROLL for (int h = 0; h < H; h++)
-                    sum[t * H + h] = dot(sum[t * H + h], w[h], a, kind);
+                    sum[t * H + h] = dot(sum[t * H + h], w[h], a);
             }
         }
         UNROLL for (int i = 0; i < H * T; i++) {
             const int h = i % H, t = i / H;
-            __m256 scale = load8(block + h / 2 * m->strip_bytes, h % 2 * 8, F16);
-            __m256i off = _mm256_set1_epi32(offset * in->sum[token + t * groups + g]);
-            __m256 exact = _mm256_cvtepi32_ps(last_sum(sum[i], off, kind));
+            __m256 scale = scales(block + h / 2 * m->strip_bytes, h % 2, kind);
+            __m256 exact = _mm256_cvtepi32_ps(sum[i]);
             scale = _mm256_mul_ps(scale, broadcast(in->d[token + t * groups + g]));
             acc[i] = _mm256_fmadd_ps(exact, scale, acc[i]);
         }

@@ -84,41 +84,54 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
         _mm512_storeu_ps(sums_at(m, at, i % S, i / S), acc[i]);
 }
 
-/* s + the dot products of each lane's four weight codes with the four bytes of A. Weights come
- * as unsigned bytes with an offset (128 for q8, 8 for q4), which `offset_sum` takes away. */
+/* s + the dot products of each lane's four weight codes, signed, with the four bytes of A. */
 #if defined(__AVX512VNNI__)
-INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind) {
-    (void)kind;
+/* vpdpbusd wants one factor unsigned: codes come OFFSET higher, and OFFSET times the sum of the
+ * group's a is taken away before (first_sum). */
+enum { OFFSET = 128 };
+INLINE __m512i dot(__m512i s, __m512i w, __m512i a) {
     return _mm512_dpbusd_epi32(s, w, a);
 }
-
-INLINE __m512i offset_sum(int32_t sum, enum store kind) {
-    return _mm512_set1_epi32(sum * (kind == Q8 ? -128 : -8));
-}
 #else
-/* vpmaddubsw saturates at 16 bits: 2 * 15 * 127 of q4 fits as it is; q8 goes as |w| times a with
- * w's sign, at most 2 * 128 * 127 = 32512, so it needs no offset. */
-INLINE __m512i dot(__m512i s, __m512i w, __m512i a, enum store kind) {
-    if (kind == Q8) {
-        w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
-        a = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);
-        w = _mm512_abs_epi8(w);
-    }
-    __m512i pairs = _mm512_maddubs_epi16(w, a);
+/* vpmaddubsw saturates at 16 bits: |w| times a with w's sign is at most 2 * 128 * 127 = 32512. */
+enum { OFFSET = 0 };
+INLINE __m512i dot(__m512i s, __m512i w, __m512i a) {
+    a = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);
+    __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), a);
     return _mm512_add_epi32(s, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-
-INLINE __m512i offset_sum(int32_t sum, enum store kind) {
-    return kind == Q8 ? _mm512_setzero_si512() : _mm512_set1_epi32(-8 * sum);
 }
 #endif
 
-/* Columns 4 * j to 4 * j + 3 of a block, as unsigned bytes with the kind's offset. */
+/* Columns 4 * j to 4 * j + 3 of a block, OFFSET higher; of q4 the levels. */
 INLINE __m512i codes(const uint8_t *block, int j, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS; // the scales stand first
-    if (kind == Q8) return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), _mm512_set1_epi8(-128));
+    const __m512i offset = _mm512_set1_epi8((char)OFFSET);
+    if (kind == Q8) return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), offset);
+    const __m128i four = _mm_loadu_si128((const void *)q4_levels);
+    const __m512i levels = _mm512_xor_si512(_mm512_broadcast_i32x4(four), offset);
     __m512i both = _mm512_loadu_si512(q + 64 * (j % 4));
-    return _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+    both = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+    return _mm512_shuffle_epi8(levels, both);
+}
+
+/* What each row of a q4 block adds to its levels, less OFFSET. */
+INLINE __m512i shifts(const uint8_t *block) {
+    __m512i d = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)block));
+    d = _mm512_slli_epi32(_mm512_and_si512(d, _mm512_set1_epi32(Q4_SHIFT_BITS)), 1);
+    return _mm512_add_epi32(d, _mm512_set1_epi32(Q4_LEAST_SHIFT - OFFSET));
+}
+
+/* Where a group's sum starts, SUM being that of its a, at most 32 * 127: 16 bits are enough. */
+INLINE __m512i first_sum(__m512i shift, int32_t sum, enum store kind) {
+    if (kind == Q8) return _mm512_set1_epi32(-OFFSET * sum);
+    return _mm512_madd_epi16(shift, _mm512_set1_epi32(sum & 0xffff));
+}
+
+INLINE __m512 scales(const uint8_t *block, enum store kind) {
+    __m256i d = _mm256_loadu_si256((const void *)block);
+    if (kind == Q8) return _mm512_cvtph_ps(d);
+    d = _mm256_and_si256(d, _mm256_set1_epi16((short)Q4_SCALE_BITS));
+    return _mm512_mul_ps(_mm512_cvtph_ps(d), _mm512_set1_ps(1 / Q4_SCALE));
 }
 
 INLINE __m512i broadcast4(const int8_t *q) {
@@ -134,23 +147,25 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m512 acc[MOST_SUMS];
-    __m512i sum[MOST_SUMS], w[MOST_STRIPS];
+    __m512i sum[MOST_SUMS], w[MOST_STRIPS], shift[MOST_STRIPS];
     UNROLL for (int i = 0; i < S * T; i++)
         acc[i] = at->from ? _mm512_loadu_ps(sums_at(m, at, i % S, i / S)) : _mm512_setzero_ps();
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
+        UNROLL for (int s = 0; s < S; s++)
+            shift[s] = kind == Q4 ? shifts(block + s * m->strip_bytes) : _mm512_setzero_si512();
         UNROLL for (int i = 0; i < S * T; i++)
-            sum[i] = offset_sum(in->sum[token + i / S * groups + g], kind);
+            sum[i] = first_sum(shift[i % S], in->sum[token + i / S * groups + g], kind);
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int s = 0; s < S; s++)
                 w[s] = codes(block + s * m->strip_bytes, j, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 __m512i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
                 UNROLL for (int s = 0; s < S; s++)
-                    sum[t * S + s] = dot(sum[t * S + s], w[s], a, kind);
+                    sum[t * S + s] = dot(sum[t * S + s], w[s], a);
             }
         }
         UNROLL for (int s = 0; s < S; s++) {
-            __m512 d = load16(block + s * m->strip_bytes, 0, F16, ALL);
+            __m512 d = scales(block + s * m->strip_bytes, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(in->d[token + t * groups + g]));
                 __m512 exact = _mm512_cvtepi32_ps(sum[t * S + s]);

@@ -5,6 +5,7 @@
  * becomes its own unrolled loop. Their best sizes stand in the file that includes this one. */
 #ifndef BLOCKS_H
 #define BLOCKS_H
+#include "../fit.h"
 #include "kernels.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -164,5 +165,7 @@ static void fill_table(struct kernels *k, const char *isa) {
     k->attend_f16 = attend_f16;
     k->attend_q8 = attend_q8;
     k->to_f16 = to_f16;
+    k->fit_q8 = fit_q8;
+    k->fit_q4 = fit_q4;
 }
 #endif

@@ -8,6 +8,7 @@
 #include "../rope.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "pages.h"
 #include "pool.h"
 #include <math.h>
 #include <stdlib.h>
@@ -21,12 +22,9 @@ struct cpu {
     const struct model *model;
     const struct kernels *kernels;
     struct pool *pool;
-    uint32_t kv_kind;
+    struct kv kv;
     float *frequencies;     // (head_dim / 2) rope, radians a position, for texts of
     uint32_t rope_length;   // this length
-
-    size_t key_bytes;       // one layer's keys in a page; its values take as much
-    size_t page_bytes;      // (n_layers, 2, n_kv_heads, PAGE_POSITIONS, head_dim), scales with q8
 
     // scratch, `rows` rows each; strides are padded to whole strips
     size_t rows, dim, heads, kv_heads, hidden, outputs; // strides
@@ -110,14 +108,14 @@ static void rope_range(void *context, size_t first, size_t last) {
     const struct cpu *c = p->cpu;
     const llama_config *f = &c->model->config;
     const size_t d = f->head_dim;
-    const size_t turned = c->kv_kind == LLAMA_Q8 ? d & -d : 1; // what hadamard makes of a product
+    const size_t turned = c->kv.kind == LLAMA_Q8 ? d & -d : 1; // what hadamard makes of a product
     const float scale = 1.0f / sqrtf((float)d) / (float)turned;
     for (size_t i = first; i < last; i++) {
         const float *cos = c->cos + i * (d / 2), *sin = c->sin + i * (d / 2);
         float *q = c->q + i * c->heads, *k = c->k + i * c->kv_heads;
         for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->rope(k + h * d, cos, sin, d);
         for (size_t h = 0; h < f->n_heads; h++) c->kernels->rope(q + h * d, cos, sin, d);
-        if (c->kv_kind == LLAMA_Q8) {
+        if (c->kv.kind == LLAMA_Q8) {
             for (size_t h = 0; h < f->n_kv_heads; h++) c->kernels->hadamard(k + h * d, d);
             for (size_t h = 0; h < f->n_heads; h++) c->kernels->hadamard(q + h * d, d);
         }
@@ -127,36 +125,6 @@ static void rope_range(void *context, size_t first, size_t last) {
 
 static void rope(struct part *p) { pool_run(p->cpu->pool, p->n, 4, rope_range, p); }
 
-/* Where a page keeps a kv head's keys of a layer, (PAGE_POSITIONS / 16, head_dim, 16), and its
- * values, (PAGE_POSITIONS, head_dim), which lie key_bytes further on; in q8 each with its scales,
- * (PAGE_POSITIONS), behind. */
-static size_t key_offset(const struct cpu *c, uint32_t layer, size_t kv_head) {
-    return 2 * layer * c->key_bytes + kv_head * (c->key_bytes / c->model->config.n_kv_heads);
-}
-
-static void store_head(const struct cpu *c, const float *k, const float *v, uint8_t *keys,
-                       uint8_t *values, size_t slot) {
-    const size_t d = c->model->config.head_dim;
-    const size_t tile = slot / TILE_ROWS * d * TILE_ROWS + slot % TILE_ROWS;
-    if (c->kv_kind == LLAMA_F32) {
-        float *to = (float *)(void *)keys + tile;
-        for (size_t i = 0; i < d; i++) to[i * TILE_ROWS] = k[i];
-        memcpy(values + slot * d * 4, v, d * 4);
-    } else if (c->kv_kind == LLAMA_Q8) {
-        float *k_scales = (float *)(void *)(keys + PAGE_POSITIONS * d);
-        float *v_scales = (float *)(void *)(values + PAGE_POSITIONS * d);
-        c->kernels->to_q8((int8_t *)keys + tile, TILE_ROWS, k_scales + slot, k, d);
-        c->kernels->to_q8((int8_t *)values + slot * d, 1, v_scales + slot, v, d);
-    } else {
-        uint16_t *to = (uint16_t *)(void *)keys + tile, half[64];
-        for (size_t i = 0; i < d; i++) {
-            if (i % 64 == 0) c->kernels->to_f16(half, k + i, d - i < 64 ? d - i : 64);
-            to[i * TILE_ROWS] = half[i % 64];
-        }
-        c->kernels->to_f16((uint16_t *)(void *)values + slot * d, v, d);
-    }
-}
-
 static void store_range(void *context, size_t first, size_t last) {
     const struct part *p = context;
     const struct cpu *c = p->cpu;
@@ -165,10 +133,9 @@ static void store_range(void *context, size_t first, size_t last) {
         const size_t position = (size_t)p->positions[i];
         uint8_t *page = p->of[i]->handles[position / PAGE_POSITIONS];
         for (size_t h = 0; h < f->n_kv_heads; h++) {
-            uint8_t *keys = page + key_offset(c, p->layer_index, h);
             const size_t at = i * c->kv_heads + h * f->head_dim;
-            store_head(c, c->k + at, c->v + at, keys, keys + c->key_bytes,
-                       position % PAGE_POSITIONS);
+            kv_store(&c->kv, page + kv_offset(&c->kv, p->layer_index, h),
+                     position % PAGE_POSITIONS, c->k + at, c->v + at);
         }
     }
 }
@@ -184,15 +151,15 @@ static void attend_range(void *context, size_t first, size_t last) {
     for (size_t item = first; item < last; item++) {
         const size_t i = item / f->n_kv_heads, h = item % f->n_kv_heads;
         const size_t at = i * c->heads + h * group * f->head_dim;
-        const size_t k_offset = key_offset(c, p->layer_index, h);
+        const size_t k_offset = kv_offset(&c->kv, p->layer_index, h);
         const struct attention a = {
             .q = c->q + at, .out = c->attended + at, .n_queries = group,
             .head_dim = f->head_dim, .pages = (const uint8_t *const *)p->of[i]->handles,
-            .k_offset = k_offset, .v_offset = k_offset + c->key_bytes,
+            .k_offset = k_offset, .v_offset = k_offset + c->kv.key_bytes,
             .n_positions = (size_t)p->positions[i] + 1,
         };
-        if (c->kv_kind == LLAMA_F32) c->kernels->attend_f32(&a);
-        else if (c->kv_kind == LLAMA_Q8) c->kernels->attend_q8(&a);
+        if (c->kv.kind == LLAMA_F32) c->kernels->attend_f32(&a);
+        else if (c->kv.kind == LLAMA_Q8) c->kernels->attend_q8(&a);
         else c->kernels->attend_f16(&a);
     }
 }
@@ -319,20 +286,20 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
     return 0;
 }
 
-// ---- opening and closing
+// ---- pages
 
 static void *page_make(void *device) {
     struct cpu *c = device;
     void *page = NULL;
-    if (posix_memalign(&page, 64, c->page_bytes)) {
-        fail("out of memory for a KV page of %zu bytes", c->page_bytes);
+    if (posix_memalign(&page, 64, c->kv.page_bytes)) {
+        fail("out of memory for a KV page of %zu bytes", c->kv.page_bytes);
         return NULL;
     }
     return page;
 }
 
 static void page_copy(void *device, void *to, const void *from) {
-    memcpy(to, from, ((struct cpu *)device)->page_bytes);
+    memcpy(to, from, ((struct cpu *)device)->kv.page_bytes);
 }
 
 static void page_destroy(void *device, void *page) {
@@ -340,9 +307,34 @@ static void page_destroy(void *device, void *page) {
     free(page);
 }
 
-static struct pages cpu_pages(void *state) {
-    return (struct pages){state, page_make, page_copy, page_destroy};
+/* The angles stand where a forward pass keeps its first row's, and so do keys on their way. The
+ * frequencies never changed in a session that may slide. */
+static void page_slide(void *device, void *const *from, void *const *to, uint32_t first,
+                       uint32_t count, uint32_t length) {
+    struct cpu *c = device;
+    rope_back(&c->model->config, c->frequencies, count, c->cos, c->sin);
+    kv_slide(&c->kv, c->pool, from, to, first, count, length, c->cos, c->sin, c->k);
 }
+
+static struct pages cpu_pages(void *state) {
+    return (struct pages){state, page_make, page_copy, page_slide, page_destroy};
+}
+
+static int cpu_read(void *state, const struct sequence *of, uint32_t first, uint32_t n,
+                    void *out) {
+    const struct cpu *c = state;
+    kv_read(&c->kv, c->pool, of->handles, first, n, out);
+    return 0;
+}
+
+static int cpu_write(void *state, const struct sequence *of, uint32_t first, uint32_t n,
+                     const void *in) {
+    const struct cpu *c = state;
+    kv_write(&c->kv, c->pool, of->handles, first, n, in);
+    return 0;
+}
+
+// ---- opening and closing
 
 static void cpu_close(void *state) {
     struct cpu *c = state;
@@ -408,13 +400,14 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     c->model = model;
     c->kernels = kernels_find(options->isa);
     c->by.planes = options->activations == 8 ? 1 : 2;
-    c->kv_kind = options->kv_kind >= 0      ? (uint32_t)options->kv_kind
-                 : f->kind == LLAMA_F32     ? LLAMA_F32
-                                            : LLAMA_F16;
-    const size_t d = f->head_dim; // a position of a head takes
-    c->key_bytes = (size_t)f->n_kv_heads * PAGE_POSITIONS *
-                   (c->kv_kind == LLAMA_F32 ? 4 * d : c->kv_kind == LLAMA_Q8 ? d + 4 : 2 * d);
-    c->page_bytes = 2 * f->n_layers * c->key_bytes;
+    c->kv = (struct kv){
+        .kernels = c->kernels,
+        .kind = options->kv_kind >= 0  ? (uint32_t)options->kv_kind
+                : f->kind == LLAMA_F32 ? LLAMA_F32
+                                       : LLAMA_F16,
+        .n_layers = f->n_layers, .n_kv_heads = f->n_kv_heads, .head_dim = f->head_dim,
+    };
+    kv_lay_out(&c->kv);
     c->frequencies = malloc(f->head_dim / 2 * sizeof(float));
     if (!c->frequencies) fail("out of memory for a session");
     if (!c->kernels)
@@ -427,11 +420,12 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     rope_frequencies(f, 0, c->frequencies);
     info->isa = c->kernels->isa;
     info->threads = pool_threads(c->pool);
-    info->kv_kind = c->kv_kind;
+    info->kv_kind = c->kv.kind;
     info->scratch_bytes = lay_out(c, c->memory);
-    info->kv_bytes_per_position = c->page_bytes / PAGE_POSITIONS;
+    info->kv_bytes_per_position = c->kv.page_bytes / PAGE_POSITIONS;
     *state = c;
     return 0;
 }
 
-const struct backend backend_cpu = {"cpu", cpu_open, cpu_close, cpu_pages, cpu_forward};
+const struct backend backend_cpu = {"cpu",     cpu_open,    cpu_close, cpu_pages,
+                                    cpu_forward, cpu_read, cpu_write};

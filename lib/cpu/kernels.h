@@ -26,8 +26,8 @@ struct input {
 
 /* y[t][r] = sum over columns of w[r][c] * x[t][c], for the strips [first, last) of one matrix.
  * Float kinds: acc = fma(w, x, acc) in rising c from 0.
- * Quantised kinds: for each group in rising order, the exact integer sum s of code * q, then
- * acc = fma((float)s, f16(d_w) * d_x, acc), from 0.
+ * Quantised kinds: for each group in rising order, the exact integer sum s of code * q, q4's code
+ * being level + shift, then acc = fma((float)s, scale_w * d_x, acc), from 0.
  * All 16 rows of a strip are written: the caller's y has room for whole strips. */
 struct matmul {
     const uint8_t *w;    // the matrix's first strip
@@ -96,6 +96,12 @@ struct kernels {
      * and queries so turned have b times the product they had, and a key's largest element is
      * nearer to the others, so that codes lose less (arXiv:2404.00456, section 4). */
     void (*hadamard)(float *x, size_t n);
+
+    /* The best scale (TILE_ROWS) of a q8 block for values (GROUP, TILE_ROWS): fit.h. */
+    void (*fit_q8)(const float *values, float *scale);
+    /* The best scale and shift (TILE_ROWS) of a q4 block for values (GROUP, TILE_ROWS), whose
+     * columns count by importance (GROUP), 0 for a column that is not there: fit.h. */
+    void (*fit_q4)(const float *values, const float *importance, float *scale, float *shift);
 };
 
 /* exp in f32, the same bits everywhere, within 2 ulp; exp(-infinity) = 0; NaN gives NaN.

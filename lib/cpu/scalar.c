@@ -3,6 +3,7 @@
  * The contracts stand in kernels.h; here each is followed step by step, one operation a line
  * where the rounding counts. Runs on any CPU. Nothing here is tuned, so that nothing here needs
  * trust: the fast kernels are tested against these to the last bit. */
+#include "../fit.h"
 #include "exp.h"
 #include "kernels.h"
 #include <math.h>
@@ -108,16 +109,29 @@ static int32_t dot_q8(const void *block, size_t row, const int8_t *q) {
 
 static int32_t dot_q4(const void *block, size_t row, const int8_t *q) {
     const struct block_q4 *b = block;
+    const int shift = q4_shift(b->d[row]);
     int32_t sum = 0;
     for (int c = 0; c < GROUP / 2; c++) {
         uint8_t byte = b->q[c / 4][row][c % 4];
-        sum += ((byte & 15) - 8) * q[c] + ((byte >> 4) - 8) * q[c + GROUP / 2];
+        sum += (q4_levels[byte & 15] + shift) * q[c];
+        sum += (q4_levels[byte >> 4] + shift) * q[c + GROUP / 2];
     }
     return sum;
 }
 
+/* One group of one row: its scale. */
+typedef float scale(const void *block, size_t row);
+
+static float scale_q8(const void *block, size_t row) {
+    return load_f16(block, row); // d leads the block
+}
+
+static float scale_q4(const void *block, size_t row) {
+    return f16_to_f32(load_u16(block, row) & Q4_SCALE_BITS) / Q4_SCALE;
+}
+
 static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot *sum,
-                          size_t block_bytes) {
+                          scale *scale_of, size_t block_bytes) {
     const struct input *in = m->in;
     size_t groups = (in->columns + GROUP - 1) / GROUP;
     for (size_t strip = first; strip < last; strip++)
@@ -127,7 +141,7 @@ static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot
             for (size_t g = 0; g < groups; g++, block += block_bytes)
                 for (size_t r = 0; r < TILE_ROWS; r++) {
                     float s = (float)sum(block, r, in->q + (t * groups + g) * GROUP);
-                    float d = load_f16(block, r) * in->d[t * groups + g]; // d leads the block
+                    float d = scale_of(block, r) * in->d[t * groups + g];
                     acc[r] = fmaf(s, d, acc[r]);
                 }
             memcpy(m->y + t * m->y_stride + strip * TILE_ROWS, acc, sizeof acc);
@@ -135,11 +149,11 @@ static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot
 }
 
 static void matmul_q8(const struct matmul *m, size_t first, size_t last) {
-    matmul_groups(m, first, last, dot_q8, sizeof(struct block_q8));
+    matmul_groups(m, first, last, dot_q8, scale_q8, sizeof(struct block_q8));
 }
 
 static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
-    matmul_groups(m, first, last, dot_q4, sizeof(struct block_q4));
+    matmul_groups(m, first, last, dot_q4, scale_q4, sizeof(struct block_q4));
 }
 
 // ---- one row at a time
@@ -289,5 +303,7 @@ void kernels_scalar(struct kernels *k) {
         .to_f16 = to_f16,
         .to_q8 = to_q8,
         .hadamard = hadamard,
+        .fit_q8 = fit_q8,
+        .fit_q4 = fit_q4,
     };
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from llama.checkpoints import llama2c, lora, positions, tied
+from llama.checkpoints import infill, llama2c, lora, positions, tied
 from llama.checkpoints.checkpoint import FLOATS, Checkpoint, Options
 from llama.checkpoints.convert import convert, records_of
 from llama.checkpoints.family import FAMILIES
@@ -83,6 +83,7 @@ def load(
         tied.store_once(checkpoint, progress)
     if checkpoint.tokenizer.special:
         checkpoint.meta["tokenizer.special"] = json.dumps(checkpoint.tokenizer.special)
+    infill.settle(checkpoint, options.infill)
     checkpoint.check()
     return checkpoint
 

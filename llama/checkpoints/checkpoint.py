@@ -13,9 +13,14 @@ from pathlib import Path
 
 from llama.checkpoints.mapped import Tensor, Unreadable
 from llama.errors import LlamaError
-from llama.format import Config, Rope, TokenizerKind, Value, expected_tensors
+from llama.format import Config, Head, Rope, TokenizerKind, Value, expected_tensors
 from llama.quant import Kind
 
+# Embeddings are padded to round sizes and with room for tokens to come. The most that is known of
+# a published Llama is DeepSeek LLM's: 100,015 tokens, 102,400 rows.
+MOST_PADDING, PADDING_SHARE = 256, 32
+HEADS = {Head.NONE: "no head", Head.SEQUENCE: "sequence classification",
+         Head.ANSWER: "question answering", Head.TOKEN: "token classification"}  # fmt: skip
 FLOATS = {kind.label: kind for kind in (Kind.F32, Kind.F16, Kind.BF16)}
 
 
@@ -27,6 +32,7 @@ class Options:
     template: str | None = None  # a family's name, or "none"
     max_seq_len: int | None = None
     rope_scaling: str | None = None  # positions.parse reads it
+    infill: bool | None = None  # None: by the vocabulary, the name and the shape
     lora: tuple[Path, ...] = ()  # adapters' directories, merged in this order
 
 
@@ -40,6 +46,7 @@ class Tokenizer:
     bos_id: int | None = None  # None: no token is put before a text
     eos_ids: tuple[int, ...] = ()
     special: dict[str, int] = field(default_factory=dict)  # of tiktoken ranks
+    infill: dict[str, int] = field(default_factory=dict)  # the ids that the source itself names
 
 
 @dataclass
@@ -58,12 +65,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raises LlamaError for an impossible config, or a tensor wrong, missing or left over."""
-        size = self.tokenizer.vocab_size
-        if size > self.config.vocab_size:
-            raise LlamaError(
-                f"{self.path}: the tokenizer has {size} tokens, the model only "
-                f"{self.config.vocab_size}"
-            )
+        self._check_pairing()
         try:
             self.config.check()
         except LlamaError as error:
@@ -83,6 +85,23 @@ class Checkpoint:
                 f"{self.path}: {self.own_names.get(name, name)}: a tensor that a Llama of this "
                 "shape does not have"
             )
+
+    def _check_pairing(self) -> None:
+        """Raises LlamaError where the tokenizer cannot be the one the model was trained with."""
+        size, rows = self.tokenizer.vocab_size, self.config.vocab_size
+        if size > rows:
+            raise LlamaError(
+                f"{self.path}: the tokenizer has {size} tokens, the model only {rows}: they do not "
+                "belong together"
+            )
+        if not size or size == rows:
+            return
+        if rows - size > max(MOST_PADDING, size // PADDING_SHARE):
+            raise LlamaError(
+                f"{self.path}: the tokenizer has {size} tokens, the model {rows}, more than "
+                "padding explains: they do not belong together"
+            )
+        self.notes.append(f"{rows - size} ids beyond the tokenizer's {size} tokens: padding")
 
     def main_dtype(self) -> str:
         """The dtype that most of the matrices' weights have."""
@@ -111,6 +130,10 @@ class Checkpoint:
             parts.append(f"{c.rope_scaling.name.lower()} rope x{c.rope_numbers[0]:g}")
         if c.tied:
             parts.append("tied")
+        if c.head != Head.LM:
+            parts.append(HEADS[c.head])
+        if c.head in (Head.SEQUENCE, Head.TOKEN):
+            parts[-1] += f" of {c.n_labels} label" + "s" * (c.n_labels > 1)
         if "template.family" in self.meta:
             parts.append(f"{self.meta['template.family']!s} template")
         return f"{self.path.resolve().name}: {', '.join(parts)}"

@@ -15,16 +15,17 @@ import numpy as np
 from llama.checkpoints.checkpoint import Checkpoint
 from llama.checkpoints.mapped import Tensor
 from llama.errors import LlamaError
-from llama.format import Record, Writer, expected_tensors
+from llama.format import Head, Record, Writer, expected_tensors
 from llama.quant import TILE_ROWS, Array, Kind, kind_of, narrow
 
 CHUNK_BYTES = 1 << 24
 
 
 def records_of(checkpoint: Checkpoint, kind: Kind) -> list[Record]:
-    """The file's directory: matrices in KIND, vectors in f32."""
+    """The file's directory: matrices in KIND, vectors and a small head of labels in f32."""
+    exact = {"output.weight"} if checkpoint.config.head >= Head.SEQUENCE else set()
     return [
-        Record(name, kind if len(shape) == 2 else Kind.F32, shape)
+        Record(name, kind if len(shape) == 2 and name not in exact else Kind.F32, shape)
         for name, shape in expected_tensors(checkpoint.config).items()
     ]
 

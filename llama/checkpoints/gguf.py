@@ -81,6 +81,10 @@ def load(path: Path, options: Options) -> Checkpoint:
 def _meta_name(path: Path, name: str) -> str:
     if name in NAMES:
         return NAMES[name]
+    if name.startswith("cls."):
+        raise LlamaError(
+            f"{path}: {name}: a classifier's head; export the Hugging Face checkpoint instead"
+        )
     layer = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
     if layer is None or layer[2] not in LAYER_NAMES:
         raise LlamaError(f"{path}: {name}: a tensor that a plain Llama does not have")

@@ -12,19 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints import hf_tokenizer, safetensors_file, torch_file
+from llama.checkpoints import hf_heads, hf_tokenizer, safetensors_file, torch_file
 from llama.checkpoints.checkpoint import Checkpoint, Options
+from llama.checkpoints.hf_heads import Architecture
 from llama.checkpoints.mapped import Interleaved, Tensor
 from llama.checkpoints.positions import yarn_attention
 from llama.checkpoints.settings import Settings
 from llama.errors import LlamaError
-from llama.format import Config, Rope
+from llama.format import Config, Head, Rope
 
-NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-}
+# Behind the architecture's prefix.
+NAMES = {"embed_tokens.weight": "tok_embeddings.weight", "norm.weight": "norm.weight"}
 LAYER_NAMES = {
     "input_layernorm": "attention_norm",
     "self_attn.q_proj": "attention.wq",
@@ -36,9 +34,8 @@ LAYER_NAMES = {
     "mlp.up_proj": "feed_forward.w3",
     "mlp.down_proj": "feed_forward.w2",
 }
-BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+BUFFERS = re.compile(r"(\w+\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 PAIRED = re.compile(r"layers\.\d+\.attention\.w[qk]\.(weight|bias)")
-ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 # Settings that change the numbers, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,),
@@ -55,10 +52,11 @@ def load(path: Path, options: Options) -> Checkpoint:
     """Reads the configuration and the weights' directories; weights stay where they are."""
     settings = Settings.read(path / "config.json")
     config = config_of(settings)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _weights(path).items():
-        if not BUFFERS.fullmatch(name):
-            tensors[_meta_name(path, name)] = tensor
+    architecture = hf_heads.architecture_of(settings)
+    weights = {n: tensor for n, tensor in _weights(path).items() if not BUFFERS.fullmatch(n)}
+    prefix = architecture.prefix(weights)
+    own = {_meta_name(path, name, architecture, prefix): name for name in weights}
+    tensors = {ours: weights[name] for ours, name in own.items()}
     for name, tensor in tensors.items():
         whole = len(tensor.shape) > 0 and tensor.shape[0] % config.head_dim == 0
         if PAIRED.fullmatch(name) and whole:
@@ -70,31 +68,44 @@ def load(path: Path, options: Options) -> Checkpoint:
     config = replace(config, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
     name = path.resolve().name
     meta = {"general.name": name, "general.origin": f"Hugging Face {name}", **meta}
-    own = {ours: theirs for theirs, ours in NAMES.items()}
-    for n in range(config.n_layers):
-        for theirs, ours in LAYER_NAMES.items():
-            for part in ("weight", "bias"):
-                own[f"layers.{n}.{ours}.{part}"] = f"model.layers.{n}.{theirs}.{part}"
+    if config.head != Head.LM:
+        meta |= hf_heads.meta_of(settings, config, notes) | hf_tokenizer.frame(path, tokenizer)
+    own = _own_names(config.n_layers, architecture, prefix) | own
     return Checkpoint(path, "Hugging Face", config, tensors, tokenizer, meta, notes, own)
 
 
-def _meta_name(path: Path, name: str) -> str:
-    if name in NAMES:
-        return NAMES[name]
-    layer = re.fullmatch(r"model\.layers\.(\d{1,5})\.([\w.]+)\.(weight|bias)", name)
-    if layer is None or layer[2] not in LAYER_NAMES:
+def _meta_name(path: Path, name: str, architecture: Architecture, prefix: str) -> str:
+    stem, _, part = name.rpartition(".")
+    if stem in hf_heads.OUTPUTS:
+        if stem != architecture.output:
+            raise LlamaError(
+                f"{path}: config.json says {architecture.name}, but there is {name}, of another "
+                "head"
+            )
+        return f"output.{part}"
+    inner = name.removeprefix(prefix)
+    layer = re.fullmatch(r"layers\.(\d{1,5})\.([\w.]+)\.(weight|bias)", inner)
+    if name.startswith(prefix) and inner in NAMES:
+        return NAMES[inner]
+    if not name.startswith(prefix) or layer is None or layer[2] not in LAYER_NAMES:
         raise LlamaError(f"{path}: {name[:80]}: a tensor that a plain Llama does not have")
     return f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
 
 
+def _own_names(n_layers: int, architecture: Architecture, prefix: str) -> dict[str, str]:
+    """Our names -> what the checkpoint would call them, for tensors that are not there."""
+    own = {ours: prefix + theirs for theirs, ours in NAMES.items()}
+    for part in ("weight", "bias"):
+        own[f"output.{part}"] = f"{architecture.output}.{part}"
+        for n in range(n_layers):
+            for theirs, ours in LAYER_NAMES.items():
+                own[f"layers.{n}.{ours}.{part}"] = f"{prefix}layers.{n}.{theirs}.{part}"
+    return own
+
+
 def config_of(settings: Settings) -> Config:
     """What config.json says of the network; no token ids, which the tokenizer knows."""
-    architectures = settings.values.get("architectures") or ["LlamaForCausalLM"]
-    if architectures not in [[name] for name in ARCHITECTURES]:
-        raise LlamaError(
-            f"{settings.path}: architectures: expected LlamaForCausalLM, found "
-            f"{str(architectures)[:80]}"
-        )
+    head = hf_heads.architecture_of(settings).head
     _refuse_others(settings)
     dim, n_heads = settings.count("hidden_size"), settings.count("num_attention_heads")
     theta, scaling, numbers = _rope(settings)
@@ -111,9 +122,12 @@ def config_of(settings: Settings) -> Config:
         rope_theta=theta,
         rope_scaling=scaling,
         rope_numbers=numbers,
-        tied=settings.flag("tie_word_embeddings", False),
+        tied=head == Head.LM and settings.flag("tie_word_embeddings", False),
         attention_bias=settings.flag("attention_bias", False),
         mlp_bias=settings.flag("mlp_bias", False),
+        head=head,
+        n_labels=2 if head == Head.ANSWER else len(hf_heads.labels_of(settings, head)),
+        output_bias=hf_heads.output_bias(settings, head),
     )
     try:
         config.check()

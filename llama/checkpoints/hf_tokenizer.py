@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints import tokenizer_file
+from llama.checkpoints import added_tokens, tokenizer_file
 from llama.checkpoints.checkpoint import Options, Tokenizer
 from llama.checkpoints.family import family_by_name, family_of
 from llama.checkpoints.settings import Settings
@@ -31,6 +31,10 @@ def load(
     tokenizer = _choose(path, vocab_size, options, notes)
     jinja = _template(path, said)
     meta: dict[str, Value] = {}
+    if tokenizer.kind == TokenizerKind.SENTENCEPIECE and options.tokenizer is None:
+        added = added_tokens.extend(path, tokenizer, said, vocab_size, notes)
+        if added and said.values.get("legacy") is False:
+            meta["tokenizer.spaces_first"] = 1
     if jinja is not None:
         meta["template.jinja"] = jinja
         family = family_of(jinja)
@@ -50,6 +54,40 @@ def load(
         eos.append(end)
     tokenizer.eos_ids = tuple(dict.fromkeys(eos))[:8] or tokenizer.eos_ids
     return tokenizer, meta
+
+
+def frame(path: Path, tokenizer: Tokenizer) -> dict[str, Value]:
+    """The ids that the source's tokenizer puts around a text and around a pair of texts, as the
+    meta entry tokenizer.frame; nothing where they are the begin token before each."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    usual: dict[str, list[Any]] = {"single": [*begin, "A"], "pair": [*begin, "A", *begin, "B"]}
+    data = tokenizer.data if tokenizer.kind == TokenizerKind.JSON else b""
+    if not data and (path / "tokenizer.json").is_file():  # it decides even where it is not taken
+        data = tokenizer_file.read(path / "tokenizer.json").data
+    if data:
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(data.decode("utf-8"))
+        library.no_padding()
+        library.no_truncation()
+        found = {"single": _frame(library.encode("a")), "pair": _frame(library.encode("a", "a"))}
+    else:
+        said = Settings.read(path / "tokenizer_config.json", needed=False)
+        end = [_pieces(tokenizer).get(_piece(said, "eos_token"), *tokenizer.eos_ids[:1])]
+        single = [*begin, "A", *(end if said.flag("add_eos_token", False) else [])]
+        found = {"single": single, "pair": [*single, *begin, "B", *single[len(begin) + 1 :]]}
+    return {} if found == usual else {"tokenizer.frame": json.dumps(found)}
+
+
+def _frame(encoding: Any) -> list[Any]:
+    """The special tokens of an encoding, with "A" and "B" where the texts' own tokens stand."""
+    parts: list[Any] = []
+    for token, of in zip(encoding.ids, encoding.sequence_ids, strict=True):
+        if of is None:
+            parts.append(token)
+        elif "AB"[of] not in parts:
+            parts.append("AB"[of])
+    return parts
 
 
 def _choose(path: Path, vocab_size: int, options: Options, notes: list[str]) -> Tokenizer:

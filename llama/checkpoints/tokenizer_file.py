@@ -2,7 +2,8 @@
 
 Four kinds occur beside checkpoints: SentencePiece's model (Llama 1 and 2), Meta's tiktoken ranks
 (Llama 3: lines of base64 and a number), Hugging Face's tokenizer.json, and llama2.c's
-tokenizer.bin. The first three are stored as they are; the last is rebuilt as SentencePiece.
+tokenizer.bin. The first three are stored as they are, but for what added_tokens.py and infill.py
+change; the last is rebuilt as SentencePiece.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 from pathlib import Path
 
 from llama.checkpoints.checkpoint import Options, Tokenizer
-from llama.checkpoints.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
+from llama.checkpoints.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
 

@@ -1,25 +1,22 @@
 """Tokenizers rebuilt from what a checkpoint holds in their place.
 
-GGUF and llama2.c keep a vocabulary as bare lists. From those lists this file makes the file that
-the real library reads: a SentencePiece ModelProto (a small protobuf, encoded by hand here) or a
-Hugging Face tokenizer.json. The ids that come out must be the source's own, on any text.
+GGUF and llama2.c keep a vocabulary as bare lists. From those lists is made the file that the real
+library reads: a SentencePiece ModelProto (model_proto.py) or a Hugging Face tokenizer.json (here).
+The ids that come out must be the source's own, on any text.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama.checkpoints.checkpoint import Tokenizer
+from llama.checkpoints.model_proto import CONTROL, NORMAL, USER_DEFINED, sentencepiece_model
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
-
-# SentencePiece's types of piece; ggml's token types have the same numbers.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # How byte-level BPE cuts text into words before it merges: the regular expressions of the
 # published tokenizer.json files.
@@ -143,7 +140,12 @@ def _with_ids(
     ends = [token_id(name) for name in ("eos", "eot", "eom")]
     ends += [i for i, piece in enumerate(pieces) if types[i] == CONTROL and piece in TURN_ENDS]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
-    return Tokenizer(kind, data, len(pieces), bos, eos[:8])
+    named = {
+        name: token_id(f"fim_{key}") if token_id(f"fim_{key}") is not None else token_id(name)
+        for name, key in (("prefix", "pre"), ("suffix", "suf"), ("middle", "mid"))
+    }  # fmt: skip
+    infill = {name: token for name, token in named.items() if token is not None}
+    return Tokenizer(kind, data, len(pieces), bos, eos[:8], infill=infill)
 
 
 def byte_level_json(
@@ -204,66 +206,3 @@ def _try_json(path: Path, data: bytes, pieces: list[str]) -> None:
     found = library.get_vocab(with_added_tokens=True)
     if found != {piece: i for i, piece in enumerate(pieces)}:
         raise LlamaError(f"{path}: the vocabulary makes a tokenizer with other ids")
-
-
-# ---- SentencePiece's ModelProto, field by field ----
-
-
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    n &= 2**64 - 1
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes(out + bytes([n]))
-
-
-def _number(field: int, n: int) -> bytes:
-    return _varint(field << 3) + _varint(n)
-
-
-def _bytes(field: int, data: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
-
-
-def sentencepiece_model(
-    path: Path,
-    pieces: Sequence[tuple[str, float, int]],
-    *,
-    dummy_prefix: bool = True,
-    squeeze: bool = False,
-) -> bytes:
-    """A BPE ModelProto of (piece, score, type); checked by loading it.
-
-    DUMMY_PREFIX puts a space before a text; SQUEEZE joins runs of spaces (Llama does not).
-    """
-    out = bytearray()
-    ids = {UNKNOWN: -1}
-    for i, (piece, score, kind) in enumerate(pieces):
-        if kind == UNKNOWN and ids[UNKNOWN] < 0:
-            ids[UNKNOWN] = i
-        body = _bytes(1, piece.encode("utf-8")) + b"\x15" + struct.pack("<f", score)
-        out += _bytes(1, body + (_number(3, kind) if kind != NORMAL else b""))
-    names = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == CONTROL}
-    byte_fallback = any(kind == BYTE for _, _, kind in pieces)
-    trainer = _number(3, 2) + _number(4, len(pieces)) + _number(35, byte_fallback)
-    unknown = pieces[ids[UNKNOWN]][0] if ids[UNKNOWN] >= 0 else "<unk>"
-    trainer += _number(40, ids[UNKNOWN])
-    trainer += _number(41, names.get("<s>", -1)) + _number(42, names.get("</s>", -1))
-    trainer += _number(43, -1) + _bytes(45, unknown.encode("utf-8"))
-    normalizer = _bytes(1, b"identity") + _bytes(2, b"")
-    normalizer += _number(3, dummy_prefix) + _number(4, squeeze) + _number(5, True)
-    data = bytes(out + _bytes(2, trainer) + _bytes(3, normalizer))
-    _try_sentencepiece(path, data, len(pieces))
-    return data
-
-
-def _try_sentencepiece(path: Path, data: bytes, n: int) -> None:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        library = SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
-        raise LlamaError(f"{path}: the vocabulary makes no tokenizer: {error}") from None
-    if library.vocab_size() != n:
-        raise LlamaError(f"{path}: expected a tokenizer of {n} pieces, got {library.vocab_size()}")
