@@ -12,24 +12,27 @@ def main() -> int:
 
     parser = cli.Parser(prog="quantize.py", description=__doc__)
     parser.add_argument(
-        "--bits", type=int, choices=[8, 4], required=True, help="bits a weight, scales apart"
-    )
+        "--bits", type=int, choices=[8, 4, 32], required=True,
+        help="bits a weight, scales apart; 32 decodes instead: the same weights as floats, for "
+        "llama.eval --against, so that only the engine's own rounding differs",
+    )  # fmt: skip
     parser.add_argument(
         "--bin", type=Path, metavar="FILE",
         help="the model to shrink (default: bin/chat-llama.bin)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="what to write (default: FILE-q8.bin or -q4.bin)"
-    )
+        "--out", type=Path, metavar="FILE",
+        help="what to write (default: FILE-q8.bin, FILE-q4.bin or FILE-f32.bin)",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core)")
     args = parser.parse_args()
 
     def work() -> int:
-        from llama.shrink import report, shrink
+        from llama.shrink import BITS, report, shrink
 
         source = args.bin or cli.default_bin()
-        out = args.out or source.parent / f"{source.stem}-q{args.bits}.bin"
+        out = args.out or source.parent / f"{source.stem}-{BITS[args.bits].label}.bin"
         report(shrink(source, out, args.bits, force=args.force, threads=args.threads), out)
         return 0
 

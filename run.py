@@ -78,6 +78,8 @@ def main() -> int:
     given = sum(prompt is not None for prompt in prompts)
     if given > 1:
         parser.error("give one of PROMPT, --ids, --prompts and --prefix")
+    if args.keep is not None and args.overflow != "slide":
+        parser.error("--keep needs --overflow slide")
     if args.reward_bin is not None and args.best_of is None:
         parser.error("--reward-bin needs --best-of, how many completions it chooses from")
     no_prompt = "--selftest" if args.selftest else "--info" if args.info else None

@@ -221,10 +221,10 @@ int llama_slide(llama_session *session, int32_t sequence, uint32_t first, uint32
 
 /* The keys and values of positions [first, first + n), in a layout that no device has for its
  * own: (n, n_layers, 2, n_kv_heads, head_dim) numbers of the session's KV kind, a layer's keys,
- * as they were stored (turned by their position), before its values. N_BYTES is exactly
- * n * kv_bytes_per_position; in q8 a head's head_dim codes are followed by their scale, and keys
- * are turned by a Hadamard matrix too. llama_write_kv adds them at FIRST, the sequence's length:
- * the sequence is then as if it had computed those tokens. */
+ * as they were stored (turned by their position), before its values; in q8 a head's codes, of
+ * Hadamard-turned keys, and behind them their scale, f32. N_BYTES is exactly
+ * n * kv_bytes_per_position. llama_write_kv adds them at FIRST, the sequence's length: the
+ * sequence is then as if it had computed those tokens. */
 int llama_read_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n, void *kv,
                   size_t n_bytes);
 int llama_write_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llama.config import Head
 from llama.errors import LlamaError
 from llama.overflow import POLICIES
 from llama.sampling import SamplingParams, params_from
@@ -54,7 +55,9 @@ class Parser(argparse.ArgumentParser):
                 if flag is None:
                     flags = list(self._option_string_actions)
                     near = [it for it in flags if it.startswith(name)]
-                    near = near or difflib.get_close_matches(name, flags, 1)
+                    bare = [it.lstrip("-") for it in flags]  # all would be alike in their dashes
+                    alike = difflib.get_close_matches(name.lstrip("-"), bare, 1)
+                    near = near or [f"--{it}" for it in alike]
                     self.error(f"there is no {name}" + (f", but {near[0]}" if near else ""))
                 words[at] = flag + equals + value
         return super().parse_known_args(words, namespace)
@@ -247,7 +250,7 @@ def show_prompt(llm: Any, ids: Sequence[int]) -> None:
         say(f"{token:>{width + 2}}  {tokenizer.shown(token)}{mark}")
     if len(ids) > 1 and tokenizer.bos_id is not None and ids[0] == ids[1] == tokenizer.bos_id:
         say("warning: the prompt begins with two begin tokens")
-    if not tokenizer.eos_ids:
+    if not tokenizer.eos_ids and llm.config.head == Head.LM:
         say("warning: the model names no end token; only --max_tokens and --stop end its text")
 
 

@@ -48,7 +48,9 @@ def complete(args: Namespace) -> int:
         # a pipe's text ends with the newline that ended its last line
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with open_model(args) as llm, _reward(args) as reward:
-        if llm.config.head != Head.LM and not isinstance(prompt, Gap):
+        if isinstance(prompt, Gap):
+            llm.require(Head.LM, "--prefix")
+        if llm.config.head != Head.LM:
             _judge(llm, prompt, args)
         elif args.n is None and args.best_of is None:
             _one(llm, prompt, params, args)
@@ -137,7 +139,7 @@ def _several(
     llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace, reward: Llama | None
 ) -> None:
     results = llm.generate(
-        prompt, params, n=args.n or 1, best_of=args.best_of, reward=reward,
+        prompt, params, n=1 if args.n is None else args.n, best_of=args.best_of, reward=reward,
         echo=args.echo and params.logprobs is not None,
     )  # fmt: skip
     if args.show_prompt:
@@ -274,12 +276,13 @@ def read_requests(path: Path, base: Request) -> list[Request]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        name = f"{path} line {number}"
         try:
-            requests.append(_request(json.loads(line), base))
+            requests.append(_request(json.loads(line), replace(base, name=name)))
         except ValueError as error:
-            raise LlamaError(f"{path} line {number}: no JSON: {error}") from None
+            raise LlamaError(f"{name}: no JSON: {error}") from None
         except LlamaError as error:
-            raise LlamaError(f"{path} line {number}: {error}") from None
+            raise LlamaError(f"{name}: {error}") from None
     return requests
 
 

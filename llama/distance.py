@@ -1,26 +1,24 @@
-"""How far one model file's answers are from another's: on a page of text, token by token.
+"""How far one model file's answers are from another's, token by token: the arithmetic, and the
+page of text that quantize.py's receipt is about; python3 -m llama.eval does it on any text.
 
-python3 -m llama.distance REFERENCE.bin OTHER.bin prints it; quantize.py puts it into its receipt.
-
-Both read the same tokens; at each position the two next-token distributions are compared. KL
-divergence (nats) says how surprised someone who believes the second would be by the first;
-"same token" is how often both would say the same next. Of models with other heads, or none, the
-numbers themselves are compared.
+At each position the two next-token distributions are compared. KL divergence (nats) says how
+surprised someone who believes the second would be by the first; "same token" is how often both
+would say the same next. Of models with other heads, or none, the numbers themselves are compared.
+They are looked at a few rows at a time, so memory does not grow with the text, and hardly with the
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.cli import Parser, run
 from llama.config import Head
 from llama.engine import Engine
 from llama.errors import LlamaError
@@ -47,7 +45,9 @@ Question: A train leaves at 14:20 and arrives at 17:05. How long does the journe
 Answer: From 14:20 to 17:20 would be three hours. It arrives fifteen minutes earlier, so the
 journey takes two hours and forty-five minutes.
 """
-PART = 64  # tokens compared at once, so that logits of a large vocabulary stay small
+MAX_PASS = 256  # tokens of one forward pass,
+PASS_LOGITS = 1 << 24  # and no more logits than this, 64 MiB
+BLOCK_LOGITS = 1 << 20  # that become float64 at once: 8 MiB, which stays in the caches
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,70 @@ class Deviation:
         )
 
 
-def _page(engine: Engine) -> list[int]:
+# --- the arithmetic
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(rows, vocab_size) log-probabilities, in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return x
+
+
+def divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(P || Q) in nats of each row of log-probabilities: sum of exp(p) * (p - q)."""
+    kl: NDArray[np.float64] = np.einsum("ij,ij->i", np.exp(p), p - q)
+    return np.maximum(kl, 0)  # it is never negative, but its rounding may be, by 1e-16
+
+
+def same_token(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each row's likeliest token, the first of equals, is the same."""
+    same: NDArray[np.bool_] = p.argmax(axis=1) == q.argmax(axis=1)
+    return same
+
+
+# --- the rows that it is done with
+
+
+def outputs(
+    engines: Sequence[Engine], ids: Sequence[int], first: int, end: int
+) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
+    """(position, each engine's outputs from there on): blocks of rows (rows, n_outputs) of what
+    each says after ids[position], for the positions from FIRST to END, which is left out."""
+    for engine in engines:
+        engine.trim(0, 0)
+    width = engines[0].config.n_outputs
+    limit = max(1, min(MAX_PASS, PASS_LOGITS // width))
+    block = max(1, BLOCK_LOGITS // width)
+    start = 0
+    while start < end:
+        n = min(MAX_PASS, first - start) if start < first else min(limit, end - start)
+        want = [start >= first] * n
+        found = [
+            engine.forward(
+                ids[start : start + n], [0] * n, range(start, start + n), want,
+                rope_lengths=[len(ids)] * n,
+            )
+            for engine in engines
+        ]  # fmt: skip
+        rows = [_finite(one, engine) for one, engine in zip(found, engines, strict=True)]
+        for at in range(0, n if start >= first else 0, block):
+            yield start + at, [one[at : at + block] for one in rows]
+        start += n
+
+
+def _finite(rows: NDArray[np.float32] | None, engine: Engine) -> NDArray[np.float32]:
+    assert rows is not None
+    if not np.isfinite(rows).all():
+        raise LlamaError(f"{engine.model.path}: gives numbers that are not finite")
+    return rows
+
+
+# --- the page
+
+
+def page(engine: Engine) -> list[int]:
     """The page as tokens, within the context; a fixed pattern where there is no tokenizer."""
     config = engine.config
     kind, data = engine.tokenizer
@@ -93,72 +156,35 @@ def _page(engine: Engine) -> list[int]:
     return ids[: min(512, config.max_seq_len)]
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(rows, vocab_size), in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
-    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
-    return x
-
-
-def _parts(ids: list[int], *engines: Engine) -> Iterator[list[NDArray[np.float32]]]:
-    for start in range(0, len(ids), PART):
-        part = ids[start : start + PART]
-        n = len(part)
-        places = range(start, start + n)
-        found = [
-            engine.forward(part, [0] * n, places, [True] * n, rope_lengths=[len(ids)] * n)
-            for engine in engines
-        ]
-        yield [logits for logits in found if logits is not None]
-
-
 def measure(
-    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None,
-    activations: int | None = None,
-) -> Distance | Deviation:  # fmt: skip
+    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None
+) -> Distance | Deviation:
     """Runs both files over the page; REFERENCE is the one that counts as right."""
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(
-                Engine(path, threads=threads, max_seq_len=512, activations=activations)
-            )
+            stack.enter_context(Engine(path, threads=threads, max_seq_len=512))
             for path in (reference, other)
         ]
         a, b = (engine.config for engine in engines)
         if (a.head, a.n_outputs) != (b.head, b.n_outputs):
-            raise LlamaError(f"{reference} and {other}: two models of the same head and number of "
-                             f"outputs are compared, found {a.n_outputs} and {b.n_outputs}")
-        ids = _page(engines[0])
+            raise LlamaError(
+                f"{reference} and {other}: two models of the same head and number of outputs are "
+                f"compared, found {a.n_outputs} and {b.n_outputs}"
+            )
+        ids = page(engines[0])
         if a.head != Head.LM:
-            return _deviation(ids, *engines)
+            return _deviation(ids, engines)
         kl, same = 0.0, 0
-        for pair in _parts(ids, *engines):
-            p, q = (_log_softmax(logits) for logits in pair)
-            kl += float((np.exp(p) * (p - q)).sum())
-            same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+        for _, pair in outputs(engines, ids, 0, len(ids)):
+            p, q = map(log_softmax, pair)
+            kl += float(divergence(p, q).sum())
+            same += int(same_token(p, q).sum())
     return Distance(len(ids), kl / len(ids), same / len(ids))
 
 
-def _deviation(ids: list[int], *engines: Engine) -> Deviation:
+def _deviation(ids: Sequence[int], engines: Sequence[Engine]) -> Deviation:
     error, size = 0.0, 0.0
-    for right, ours in _parts(ids, *engines):
+    for _, (right, ours) in outputs(engines, ids, 0, len(ids)):
         error += float(np.square(ours - right, dtype=np.float64).sum())
         size += float(np.square(right, dtype=np.float64).sum())
     return Deviation(len(ids), math.sqrt(error / size) if size else 0.0)
-
-
-def main() -> int:
-    parser = Parser(
-        prog="llama.distance", description="How far OTHER's answers are from REFERENCE's."
-    )
-    parser.add_argument("reference", metavar="REFERENCE", help="the .bin that counts as right")
-    parser.add_argument("other", metavar="OTHER", help="the .bin to judge")
-    parser.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
-    given = parser.parse_args()
-    print(measure(given.reference, given.other, activations=given.activations))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run("llama.distance", main))

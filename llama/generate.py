@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama import session
+from llama import likelihood, session
 from llama.batch import Batches, Counters
 from llama.completion import Job, Result
 from llama.config import Head
@@ -93,7 +93,8 @@ class Llama(Heads):
         "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
         goes, and the text runs on, without an end if neither max_tokens nor the model sets one; a
         prompt that is too long loses as much before it is read. KEEP None: 4 tokens, in a chat all
-        that stands before the first question; half of the context at most."""
+        that stands before the first question; half of the context at most. What a gap or a reward
+        model needs whole ends, as with "stop", instead of sliding."""
         from llama.engine import Engine
 
         self._setup(
@@ -258,7 +259,7 @@ class Llama(Heads):
             try:
                 groups.append(request.jobs(self._job(request)))
             except LlamaError as error:
-                raise LlamaError(f"prompt {number}: {error}") from None
+                raise LlamaError(f"{request.name or f'prompt {number}'}: {error}") from None
         return self._each(requests, groups)
 
     def stream(
@@ -387,6 +388,13 @@ class Llama(Heads):
                     self._batches.slots.give(slot)
         return saved.messages, len(tokens)
 
+    def likelihoods(self, pairs: Sequence[likelihood.Pair]) -> Iterator[likelihood.Numbered]:
+        """(index, (logprob, greedy)) of each (context ids, continuation ids) of PAIRS as it is
+        known: how likely the continuation is, and whether each of its tokens is the likeliest."""
+        self.require(Head.LM, "likelihoods()")
+        self._batches.check_open()
+        return likelihood.each(self._batches, pairs)
+
     # --- the end
 
     def close(self) -> None:
@@ -446,14 +454,14 @@ class Llama(Heads):
         self, request: Request, ids: Sequence[int],
         starts: Callable[[], Sequence[int]] | None = None,
     ) -> Window:  # fmt: skip
-        """The context of a prompt and its completion. A judge must be able to read all of them, so
-        nothing slides before one."""
+        """The context of a prompt and its completion. Nothing slides where a judge must be able to
+        read all of them, nor where the tokens that mark a gap would go."""
         judge, overflow = self._judge(request.reward), self.overflow
         if judge is not None:
             judge.check(ids)
-            policy = "error" if overflow.policy == "error" else "stop"
-            size = min(self.max_seq_len, judge.max_seq_len)
-            overflow = replace(overflow, policy=policy, size=size)
+            overflow = overflow.for_whole(judge.max_seq_len)
+        elif isinstance(request.prompt, Gap):
+            overflow = overflow.for_whole()
         return Window(overflow, starts)
 
     def _judge(self, reward: Llama | None) -> Judge | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -295,12 +296,13 @@ class Heads:
 
 
 def is_ids(text: Any) -> bool:
-    """Whether TEXT is token ids: integers, at least one."""
+    """Whether TEXT is token ids, at least one, though not each need be one that there is."""
     if isinstance(text, np.ndarray):
         return text.ndim == 1 and text.dtype.kind in "iu"
     return (
         isinstance(text, Sequence) and not isinstance(text, (str, bytes)) and len(text) > 0
-        and not isinstance(text[0], (str, Sequence, Mapping, np.ndarray))
+        and (isinstance(text[0], Number) or hasattr(text[0], "__index__"))
+        and not isinstance(text[0], np.ndarray)
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ HEADS = {
 }  # fmt: skip
 TEXTS = {"general.name": "name", "general.license": "licence", "general.origin": "origin"}
 SHOWN = {*TEXTS, "template.family", "template.jinja", "tokenizer.special", "quantize.receipt",
-         golden.KEY}  # fmt: skip
+         "head.labels", "infill.refused", "infill.tokens", golden.KEY}  # fmt: skip
 WIDTH = 500  # characters of a line
 
 
@@ -49,11 +49,17 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
         if key in meta:
             yield name, meta[key]
     yield "shape", _shape(c)
-    yield "head", HEADS[c.head] + (f", {c.n_labels} labels" if c.head >= Head.SEQUENCE else "")
+    yield "head", HEADS[c.head] + _labels(c, meta)
     yield "rope", _rope(c)
     yield "tokenizer", _tokenizer(c, tokenizer, meta)
     family, jinja = meta.get("template.family"), "its own in Jinja" * ("template.jinja" in meta)
-    yield "template", ", ".join(str(x) for x in (family, jinja) if x) or "none: a base model"
+    yield "template", ", ".join(str(x) for x in (family, jinja) if x) or (
+        "none: a base model" if c.head == Head.LM else "none"
+    )
+    if "infill.refused" in meta:
+        yield "infilling", f"no: {meta['infill.refused']}"
+    elif "infill.tokens" in meta:
+        yield "infilling", "yes"
     try:
         stored = golden.load(meta, c)
         of = " and of its source's" * bool(stored and stored.source)
@@ -71,6 +77,15 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
             yield "quantised", error
     if others := sorted(meta.keys() - SHOWN):
         yield "also holds", ", ".join(others)
+
+
+def _labels(c: Config, meta: Mapping[str, object]) -> str:
+    if c.head not in (Head.SEQUENCE, Head.TOKEN):
+        return ""
+    if c.head == Head.SEQUENCE and c.n_labels == 1:
+        return ", one label: a reward model"
+    named = f": {meta['head.labels']}" if "head.labels" in meta else ""
+    return f", {c.n_labels} label" + "s" * (c.n_labels > 1) + named
 
 
 def _shape(c: Config) -> str:

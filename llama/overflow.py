@@ -9,7 +9,7 @@ window slides to the beginning of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llama.errors import LlamaError
@@ -30,6 +30,13 @@ class Overflow:
     policy: str
     size: int
     keep: int | None = None
+    whole: bool = False  # nothing of the text may be dropped
+
+    def for_whole(self, size: int | None = None) -> Overflow:
+        """For a text that must stay whole, in SIZE tokens, if that is less: it stops instead of
+        sliding."""
+        policy = "stop" if self.policy == "slide" else self.policy
+        return replace(self, policy=policy, size=min(self.size, size or self.size), whole=True)
 
     @classmethod
     def checked(cls, policy: str, keep: int | None, config: Config, size: int) -> Overflow:
@@ -75,9 +82,10 @@ class Window:
         where that is not allowed."""
         ids, size = list(prompt), self.overflow.size
         if len(ids) > size and self.overflow.policy != "slide":
+            slide = ", overflow slide drops what does not fit" * (not self.overflow.whole)
             raise LlamaError(
                 f"the prompt has {len(ids)} tokens and the context holds {size}: max_seq_len makes "
-                "it longer, overflow slide drops what does not fit"
+                f"it longer{slide}"
             )
         while len(ids) > size:
             first, count = self._advance(len(ids))
@@ -94,9 +102,10 @@ class Window:
     def refuse_end(self) -> None:
         """Raises where the context's end is an error."""
         if self.overflow.policy == "error":
+            slide = ", slide drops its oldest tokens" * (not self.overflow.whole)
             raise LlamaError(
                 f"the context of {self.overflow.size} tokens is full: max_seq_len makes it longer, "
-                "overflow stop ends the text there, slide drops its oldest tokens"
+                f"overflow stop ends the text there{slide}"
             )
 
     def slide(self, length: int) -> tuple[int, int]:

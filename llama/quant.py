@@ -144,7 +144,7 @@ def untile(data: Array, kind: Kind, rows: int, columns: int) -> NDArray[np.float
         halves = bytes_.reshape(strips, -1, TILE_ROWS, GROUP // 2)
         levels = Q4_LEVELS[np.concatenate([halves & 15, halves >> 4], axis=3)]
         by_row = levels + 2 * ((d & 63).astype(np.int16) - 32)[..., None]
-        scales = (d & 0xFFC0).view("<f2").astype(np.float32) / 64
+        scales = (d & 0xFFC0).view("<f2").astype(np.float32) * np.float32(1 / 64)
     values = by_row * scales[..., None]  # (strips, blocks, 16, 32)
     values = values.transpose(0, 2, 1, 3).reshape(strips * TILE_ROWS, -1)
     return np.ascontiguousarray(values[:rows, :columns], dtype=np.float32)

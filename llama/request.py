@@ -28,7 +28,8 @@ class Request:
     """PROMPT completed N times (None: once), with PARAMS (None: the defaults). BEST_OF: so many
     are made, and the N with the largest sum of logprobs returned, the best first, or, with REWARD,
     an open reward model of the same vocabulary, those that it gives the most. ECHO: texts begin
-    with their prompt, and its tokens have logprobs where PARAMS ask for them."""
+    with their prompt, and its tokens have logprobs where PARAMS ask for them. NAME: what an error
+    calls it; else by its number."""
 
     prompt: Prompt
     params: SamplingParams | None = None
@@ -36,6 +37,7 @@ class Request:
     best_of: int | None = None
     echo: bool = False
     reward: Llama | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.n is not None:

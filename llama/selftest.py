@@ -224,7 +224,7 @@ def source_distance(source: Mapping[int, float], found: Golden, head: Head) -> s
     likeliest; of other heads the furthest of the source's largest outputs."""
     a, b = np.array([*source.values()]), found.last[[*source]].astype(np.float64)
     if head != Head.LM:
-        return f"outputs within {np.abs(a - b).max():.2e} of {np.abs(a).max():.2e}"
+        return f"outputs off by {np.abs(a - b).max():.2e} at most, the largest {np.abs(a).max():.2e}"
     p, q = _softmax(a), _softmax(b)
     same = "the same" if next(iter(source)) == next(iter(found.top)) else "another"
     return (

@@ -24,7 +24,7 @@ from llama.errors import LlamaError
 from llama.format import Head, Record, TokenizerKind, Writer
 from llama.quant import TILE_ROWS, Kind, matrix_bytes
 
-BITS = {8: Kind.Q8, 4: Kind.Q4}
+BITS = {8: Kind.Q8, 4: Kind.Q4, 32: Kind.F32}  # 32: what the weights stand for, as floats
 KEEP_8_BITS = ("tok_embeddings.weight", "output.weight")
 CHUNK_BYTES = 1 << 24  # of weights as float32
 WORST = 5  # tensors that the printed receipt names
@@ -53,9 +53,11 @@ class Receipt:
     def lines(self) -> Iterator[str]:
         """For people."""
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
+        smaller = before >= after
+        times = before / after if smaller else after / before
         yield (
-            f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f} times smaller), "
-            f"{self.bits_per_weight:.2f} bits a weight"
+            f"{before:,.1f} MB -> {after:,.1f} MB ({times:.2f} times "
+            f"{'smaller' if smaller else 'larger'}), {self.bits_per_weight:.2f} bits a weight"
         )
         yield "relative error of the weights (rms), by kind of tensor:"
         for role, error in self.by_role().items():
@@ -90,9 +92,10 @@ def plan(tensors: list[Tensor], bits: int, head: Head = Head.LM) -> list[Record]
     for tensor in tensors:
         kind = Kind.F32
         if len(tensor.shape) == 2:
-            kind = Kind.Q8 if tensor.name in KEEP_8_BITS else BITS[bits]
+            kind = Kind.Q8 if bits == 4 and tensor.name in KEEP_8_BITS else BITS[bits]
             labels = tensor.name == "output.weight" and head >= Head.SEQUENCE
-            if labels or matrix_bytes(kind, *tensor.shape) >= tensor.bytes:
+            smaller = matrix_bytes(kind, *tensor.shape) < tensor.bytes
+            if bits < 32 and (labels or not smaller):
                 kind = tensor.kind  # it is as small already
         records.append(Record(tensor.name, kind, tensor.shape))
     return records
@@ -101,7 +104,8 @@ def plan(tensors: list[Tensor], bits: int, head: Head = Head.LM) -> list[Record]
 def shrink(
     source: Path, out: Path, bits: int, *, force: bool = False, threads: int | None = None
 ) -> Receipt:
-    """Writes SOURCE in BITS (8 or 4) bits as OUT; a person follows along on standard error.
+    """Writes SOURCE in BITS (8 or 4, or 32 to decode it) bits as OUT; a person follows along on
+    standard error.
 
     Raises LlamaError; then, and on Ctrl-C, nothing is left of OUT.
     """
@@ -109,7 +113,8 @@ def shrink(
         tensors = model.tensors
         records = plan(tensors, bits, model.config.head)
         if all(r.kind == t.kind for r, t in zip(records, tensors, strict=True)):
-            raise LlamaError(f"{source}: is in {model.config.dtype} already, not above {bits} bits")
+            above = f", not above {bits} bits" if bits < 32 else ""
+            raise LlamaError(f"{source}: is in {model.config.dtype} already{above}")
         receipt = Receipt(source.name, bits, model.config.file_bytes, 0, 0.0, {})
         name, data = model.tokenizer
         room = " " * (1024 + sum(len(t.name) + 40 for t in tensors))

@@ -119,8 +119,9 @@ class Talk:
             if stream.result is not None:
                 self._note(stream.result)
             self.turns.append({"role": "assistant", "content": stream.text})
-            cancelled = stream.result is None or stream.result.finish_reason == "cancelled"
-            answered = bool(stream.text) or not cancelled
+            # an end token alone is an answer; no token, as the context is full, is none
+            ended = stream.result is not None and stream.result.finish_reason == "eos"
+            answered = bool(stream.text) or ended
         except LlamaError as error:
             self._complain(error)
         finally:

@@ -255,6 +255,12 @@ class ChatTemplate:
                 ids.append(part)
         return ids
 
+    def text(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """The dialog as one string, its control tokens by name, for those who encode it
+        themselves: what a message says may then become a control token."""
+        parts = self._build(self._tokenizer, check_messages(messages), reply, self.style)
+        return "".join(p if isinstance(p, str) else self._tokenizer.piece(p) for p in parts)
+
     def question_starts(
         self, messages: Sequence[Mapping[str, str]], ids: Sequence[int]
     ) -> list[int]:
@@ -268,7 +274,6 @@ class ChatTemplate:
                 same = takewhile(lambda x: x[0] == x[1] == x[2], zip(ids, a, b, strict=False))
                 starts.append(len(list(same)))
         return starts
-
 
 
 class JinjaTemplate:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from llama import Llama, checkpoints
 from llama.checkpoints.checkpoint import Checkpoint
 from llama.config import Config, Head, Rope
-from llama.distance import Deviation, _page, measure
+from llama.distance import Deviation, measure, page
 from llama.engine import Engine
 from llama.errors import LlamaError
 from llama.format import read
@@ -726,22 +726,21 @@ def test_run_prints_what_the_model_says(files: dict[str, Path]) -> None:
         ("run.py", "reward", ["--prompts=-"], "--prompts needs a model that writes text"),
         ("chat.py", "classes", [], "chat.py: a chat needs a model that writes text; this one "
          "classifies texts: use classify()"),
-        ("llama.distance", "none", ["lm"], "of the same head and number of outputs"),
-        ("llama.distance", "classes", ["tags"], "of the same head and number of outputs"),
+        ("llama.eval", "classes", ["--text=README.md"], "classes.bin: is no language model"),
     ],
 )  # fmt: skip
 def test_scripts_refuse_in_one_line(
     files: dict[str, Path], program: str, name: str, words: list[str], says: str
 ) -> None:
-    if program == "llama.distance":
-        done = script(program, files[name], files[words[0]])
-    else:
-        done = script(program, f"--bin={files[name]}", *words)
+    done = script(program, f"--bin={files[name]}", *words)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done
     assert says in done.stderr
 
 
 def test_distance_and_bench(files: dict[str, Path], tmp_path: Path) -> None:
+    for one, other in (("none", "lm"), ("classes", "tags")):
+        with pytest.raises(LlamaError, match="of the same head and number of outputs"):
+            measure(files[one], files[other])
     for name in ("none", "tags"):
         same = measure(files[name], files[name])
         assert same == Deviation(256, 0.0)
@@ -751,8 +750,7 @@ def test_distance_and_bench(files: dict[str, Path], tmp_path: Path) -> None:
         both: list[Any] = []
         for path in (files[name], tmp_path / f"{name}.bin"):
             with Engine(path) as engine:
-                page = _page(engine)
-                both.append(engine.forward(page, [0] * 256, range(256), [True] * 256))
+                both.append(engine.forward(page(engine), [0] * 256, range(256), [True] * 256))
         right = np.sqrt(np.mean(np.square(both[1] - both[0])) / np.mean(np.square(both[0])))
         assert other.relative_error == pytest.approx(right, rel=1e-3)
         assert 1e-4 < right < 0.1

@@ -172,6 +172,28 @@ def test_infill_is_its_ids_completed(llm: Llama) -> None:
         llm.infill("a", "b", order="msp")  # type: ignore[call-overload]
 
 
+def test_gaps_stand_in_lists(llm: Llama) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    alone = [llm.generate(prompt, params).text for prompt in (Gap("a", "b"), "c", [1, 5])]
+    together = llm.generate([Gap("a", "b"), "c", [1, 5]], params)
+    assert [result.text for result in together] == alone
+
+
+def test_a_gap_does_not_slide() -> None:
+    """The tokens that mark it would be among the first to go."""
+    fake = FakeEngine(16, script=b"x")
+    fake.meta["infill.tokens"] = json.dumps({"prefix": 1, "suffix": 2, "middle": 130, "end": 131})
+    llm = Llama.on(fake, overflow="slide")  # type: ignore[arg-type]
+    params = SamplingParams(temperature=0.0, max_tokens=50)
+    result = llm.infill("abc", "def", params)
+    assert (result.text, result.finish_reason, result.dropped_tokens) == ("x" * 6, "length", 0)
+    with pytest.raises(LlamaError) as told:
+        llm.infill("abcdef" * 3, "def", params)
+    expected = "the prompt has 25 tokens and the context holds 16: max_seq_len makes it longer"
+    assert str(told.value) == expected
+    assert llm.generate("abc", params).dropped_tokens > 0
+
+
 # --- who may
 
 
@@ -212,7 +234,7 @@ def test_the_flag_and_the_notes(data: Path, folders: dict[str, Path], tmp_path: 
         (data / "tokenizers" / "llama2_tokenizer.model").read_bytes()
     )
     assert not [key for key in load(python).meta if key.startswith("infill")]
-    with pytest.raises(LlamaError, match="--infill yes: the vocabulary has not ▁<PRE>"):
+    with pytest.raises(LlamaError, match="--infill yes: the vocabulary lacks ▁<PRE>"):
         load(python, Options(infill=True))
     other = tmp_path / "other.gguf"
     wrong = {"fim_pre": 5, "fim_suf": 6, "fim_mid": 7}

@@ -80,12 +80,36 @@ def test_other_shapes(tmp_path: Path) -> None:
         rope_scaling=Rope.LINEAR, rope_numbers=(4.0,), n_layers=1,
     )  # fmt: skip
     found = facts(small_models.write_bin(tmp_path / "m.bin", shape))
-    assert found["head"] == "sequence classification, 1 labels"
+    assert found["head"] == "sequence classification, one label: a reward model"
     assert found["rope"] == "theta 10000, linear scaling 4"
     assert found["shape"].startswith("1 layer, dim 40, hidden_dim 51, 4 heads, head_dim 6")
     assert found["shape"].endswith("context 64, mlp_bias, output_bias")
     assert found["tokenizer"] == "none: token ids only" and found["selftest"] == "none stored"
-    assert found["template"] == "none: a base model"
+    assert found["template"] == "none" and "infilling" not in found
+
+
+@pytest.mark.parametrize(
+    "head, n, head_meta, told", [
+        (Head.ANSWER, 2, {}, "question answering"),
+        (Head.TOKEN, 1, {}, "token classification, 1 label"),
+        (Head.SEQUENCE, 2, {"head.labels": '["a", "b"]'},
+         'sequence classification, 2 labels: ["a", "b"]'),
+        (Head.NONE, 0, {}, "none: hidden states"),
+    ],
+)  # fmt: skip
+def test_heads(tmp_path: Path, head: Head, n: int, head_meta: dict[str, Any], told: str) -> None:
+    shape = replace(SHAPE, head=head, n_labels=n, output_bias=head == Head.ANSWER, eos_ids=())
+    found = facts(small_models.write_bin(tmp_path / "m.bin", shape, meta=head_meta))
+    assert found["head"] == told and "also holds" not in found
+
+
+def test_infilling(tmp_path: Path) -> None:
+    for number, (meta, told) in enumerate((
+        ({"infill.tokens": "{}"}, "yes"), ({"infill.refused": "too small"}, "no: too small"),
+    )):  # fmt: skip
+        found = facts(small_models.write_bin(tmp_path / f"{number}.bin", SHAPE, meta=meta))
+        assert found["infilling"] == told and "also holds" not in found
+        assert found["template"] == "none: a base model"
 
 
 @pytest.mark.parametrize(

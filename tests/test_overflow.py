@@ -282,6 +282,17 @@ def test_a_full_dialog_that_may_not_slide(
     assert talk.failed is True
 
 
+def test_a_question_that_fills_the_context_is_not_remembered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    llm, _ = llama(64, "stop")
+    frame = len(llm.template.encode([{"role": "user", "content": ""}]))
+    talk = Talk(llm, SamplingParams(temperature=0.0))
+    talk.line("x" * (64 - frame))
+    assert "(the context is full: /reset, or --overflow slide)" in capsys.readouterr().err
+    assert talk.turns == []
+
+
 def test_a_dialog_of_a_model_that_cannot_slide_forgets_between_answers(tmp_path: Path) -> None:
     scaling = {"rope_scaling": Rope.DYNAMIC, "rope_numbers": (4.0, 100.0)}
     shape = replace(tiny_chat.CONFIG, **scaling)

@@ -130,7 +130,7 @@ def test_many_prompts(stories: Path, tmp_path: Path) -> None:
         ('{"prompt": "a", "top_q": 1}\n', "line 1: unknown sampling parameter 'top_q'"),
         ('{"prompt": "a", "top_k": -1}\n', "line 1: top_k must be 0 to"),
         ('{"prompt": ["a"]}\n', "a prompt must be a str or a list of token ids"),
-        ('"a"\n{"prompt": [999]}\n', "prompt 1: token id must be 0 to 511, found 999"),
+        ('"a"\n\n{"prompt": [999]}\n', "prompts.jsonl line 3: token id must be 0 to 511, found 999"),
         (b"\xff\xfe", "is not UTF-8"), (None, "cannot read: No such file"),
     ],
 )  # fmt: skip
@@ -162,6 +162,9 @@ def test_bad_prompt_files(stories: Path, tmp_path: Path, content: Any, what: str
         (["--max-seq-len=-1", "a"], "max_seq_len is -1, expected 1 to"),
         (["--max-seq-len=99999999", "a"], "max_seq_len is 99999999, expected 1 to 16777216"),
         (["word " * 600], "tokens and the context holds 512"),
+        (["--n=0", "a"], "n must be 1 to 1024, found 0"),
+        (["--keep=3", "a"], "--keep needs --overflow slide"),
+        (["--date=x", "a"], "there is no --date ("),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_line(stories: Path, words: list[str], what: str) -> None:

@@ -191,7 +191,7 @@ def test_a_line_says_its_own(stories: Path, real: Llama) -> None:
         ('{"prompt": "a", "suffix": "b"}', "line 1: expected"),
         ('{"prefix": 1, "suffix": "b"}', "line 1: prefix must be a str, found int"),
         ('{"prefix": "a", "suffix": "b", "order": "x"}', "order must be psm or spm, found 'x'"),
-        ('{"prefix": "a", "suffix": "b"}', "prompt 0: this model does not infill"),
+        ('{"prefix": "a", "suffix": "b"}', "line 1: this model does not infill"),
     ],
 )
 def test_bad_lines(stories: Path, line: str, what: str) -> None:

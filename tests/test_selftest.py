@@ -189,7 +189,7 @@ def test_every_shape_and_head(
     assert stored(path).text is None and len(stored(path).top) == min(32, shape.n_outputs)
     shrink(path, tmp_path / "q.bin", 8)
     found = lines(tmp_path / "q.bin", capsys, good=True)
-    unit = "KL divergence" if shape.head == Head.LM else "outputs within"
+    unit = "KL divergence" if shape.head == Head.LM else "outputs off by"
     assert f"the self-test's text: {unit}" in found[-2]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama.cli import show_prompt
+from llama.config import Head
 from llama.generate import Llama
 from llama.sampling import SamplingParams
 from llama.talk import Talk
@@ -58,6 +59,8 @@ def test_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning" not in capsys.readouterr().err
     show_prompt(llama(eos_ids=()), [5])
     assert "warning: the model names no end token; only" in capsys.readouterr().err
+    show_prompt(llama(eos_ids=(), head=Head.SEQUENCE), [5])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_warnings_of_a_chat(capsys: pytest.CaptureFixture[str]) -> None:

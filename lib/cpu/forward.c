@@ -307,8 +307,8 @@ static void page_destroy(void *device, void *page) {
     free(page);
 }
 
-/* The angles stand where a forward pass keeps its first row's, and so do keys on their way. The
- * frequencies never changed in a session that may slide. */
+/* The angles stand where a forward pass keeps its first row's. The frequencies never changed in
+ * a session that may slide. */
 static void page_slide(void *device, void *const *from, void *const *to, uint32_t first,
                        uint32_t count, uint32_t length) {
     struct cpu *c = device;

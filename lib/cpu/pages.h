@@ -2,9 +2,8 @@
  *
  * A page is, for each layer, the keys of its kv heads, then their values. A head's keys are
  * (PAGE_POSITIONS / 16, head_dim, 16), dimension-major inside a tile of 16 positions, so that
- * one load feeds 16 scores; its values are (PAGE_POSITIONS, head_dim). In q8 both are codes, and
- * their positions' scales, f32 (PAGE_POSITIONS), follow them; keys come and are kept as hadamard
- * in kernels.h turns them. */
+ * one load feeds 16 scores; its values are (PAGE_POSITIONS, head_dim). In q8 both are codes, with
+ * the positions' scales, f32 (PAGE_POSITIONS), behind. */
 #ifndef PAGES_H
 #define PAGES_H
 #include "kernels.h"
@@ -14,8 +13,7 @@ struct kv {
     const struct kernels *kernels;
     uint32_t kind;         // LLAMA_F32, LLAMA_F16 or LLAMA_Q8
     size_t n_layers, n_kv_heads, head_dim;
-    size_t element_bytes;
-    size_t row_bytes;      // a position's key, or value, of one head, its scale included
+    size_t element_bytes, scale_bytes; // a position's of one head
     size_t key_bytes;      // one layer's keys; its values take as much and follow them
     size_t page_bytes;
 };
@@ -28,7 +26,7 @@ size_t kv_offset(const struct kv *kv, size_t layer, size_t kv_head);
 void kv_store(const struct kv *kv, uint8_t *keys, size_t slot, const float *k, const float *v);
 /* Positions [first + count, length + count) of the pages FROM move to [first, length) of TO: each
  * key's pairs rotated by cos, sin (head_dim / 2) and rounded once, values as they are. A page may
- * stand in both lists, at the same place. ROOM (n_kv_heads, head_dim) is written over. */
+ * stand in both lists, at the same place. ROOM: (n_kv_heads, head_dim). */
 void kv_slide(const struct kv *kv, struct pool *pool, void *const *from, void *const *to,
               uint32_t first, uint32_t count, uint32_t length, const float *cos, const float *sin,
               float *room);

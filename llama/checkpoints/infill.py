@@ -28,7 +28,7 @@ def settle(checkpoint: Checkpoint, wanted: bool | None) -> None:
     if not ids:
         if wanted:
             names = ", ".join(PIECES.values())
-            raise LlamaError(f"{checkpoint.path}: --infill yes: the vocabulary has not {names}")
+            raise LlamaError(f"{checkpoint.path}: --infill yes: the vocabulary lacks {names}")
         return
     _hide(checkpoint, ids)
     name = checkpoint.path.resolve().name + " " + str(checkpoint.meta.get("general.name", ""))
