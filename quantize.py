@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,16 +25,29 @@ def main() -> int:
         "--out", type=Path, metavar="FILE",
         help="what to write (default: FILE-q8.bin, FILE-q4.bin or FILE-f32.bin)",
     )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", metavar="TEXT",
+        help="4 bits: what the model runs on to learn which errors matter; a text file, self (what "
+        "it writes by itself) or none (default: self)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration-tokens", type=int, metavar="N", help="how much of it (default: 8192)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core)")
     args = parser.parse_args()
 
     def work() -> int:
-        from llama.shrink import BITS, report, shrink
+        from llama.shrink import BITS, calibration_of, report, shrink
 
         source = args.bin or cli.default_bin()
         out = args.out or source.parent / f"{source.stem}-{BITS[args.bits].label}.bin"
-        report(shrink(source, out, args.bits, force=args.force, threads=args.threads), out)
+        receipt = shrink(
+            source, out, args.bits, force=args.force, threads=args.threads,
+            calibrate=calibration_of(args.bits, args.calibrate, args.calibration_tokens),
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        )  # fmt: skip
+        report(receipt, out)
         return 0
 
     return cli.run("quantize.py", work, interrupted="interrupted, nothing was written")

@@ -32,6 +32,10 @@ struct backend {
     struct pages (*pages)(void *state);
     /* logits (wanted, n_outputs), or hidden states (wanted, dim), in row order. */
     int (*forward)(void *state, const struct rows *rows, float *logits);
+    /* One stage of llama_run_stage over the pages of a sequence that no one else writes in; LAYER
+     * is the one to run, wherever its matrices come from. */
+    int (*stage)(void *state, const llama_stage *stage, const struct layer *layer,
+                 const struct sequence *of);
     /* Keys and values of positions [first, first + n), in llama.h's plain layout; the pages are
      * there, and to write in. */
     int (*read)(void *state, const struct sequence *of, uint32_t first, uint32_t n, void *out);

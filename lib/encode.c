@@ -16,6 +16,7 @@ struct encoding {
     uint8_t *out;
     size_t strip_bytes;
     const struct kernels *kernels;
+    const float *factor;       // (columns, columns) as llama_factor_moments leaves it; or NULL
     llama_loss *losses;        // (strips)
     atomic_size_t bad;         // 1 + the index of a weight that the kind cannot hold; 0: none
     atomic_int out_of_memory;
@@ -56,22 +57,33 @@ static void encode_block(const struct encoding *e, const float *values, size_t n
     }
 }
 
-/* Blocks of the two kinds may differ in width, so a strip is decoded whole, row by row into
- * ROWS (TILE_ROWS, columns), and encoded block by block. */
-static void encode_strip(struct encoding *e, size_t strip, float *rows, struct block_values *v) {
-    const size_t columns = e->tensor->is.shape[1], width = e->kind->columns;
-    const size_t top = e->first + strip * TILE_ROWS, below = e->tensor->is.shape[0] - top;
-    const size_t n_rows = below < TILE_ROWS ? below : TILE_ROWS;
-    uint8_t *out = e->out + strip * e->strip_bytes;
-    for (size_t r = 0; r < n_rows; r++) {
+/* A strip's true rows as float32, (TILE_ROWS, columns); 0 where the kind cannot hold a weight. */
+static int strip_rows(struct encoding *e, size_t strip, float *rows) {
+    const size_t columns = e->tensor->is.shape[1], top = e->first + strip * TILE_ROWS;
+    for (size_t r = 0; r < TILE_ROWS && top + r < e->tensor->is.shape[0]; r++) {
         float *row = rows + r * columns;
         kind_decode_row(e->tensor->kind, e->tensor->data, columns, top + r, row);
         for (size_t c = 0; c < columns; c++)
             if (!(fabsf(row[c]) <= e->kind->limit)) {
                 e->bad = 1 + (top + r) * columns + c;
-                return;
+                return 0;
             }
     }
+    return 1;
+}
+
+static size_t true_rows(const struct encoding *e, size_t strip) {
+    const size_t below = e->tensor->is.shape[0] - e->first - strip * TILE_ROWS;
+    return below < TILE_ROWS ? below : TILE_ROWS;
+}
+
+/* Blocks of the two kinds may differ in width, so a strip is decoded whole, row by row into
+ * ROWS (TILE_ROWS, columns), and encoded block by block. */
+static void encode_strip(struct encoding *e, size_t strip, float *rows, struct block_values *v) {
+    const size_t columns = e->tensor->is.shape[1], width = e->kind->columns;
+    const size_t n_rows = true_rows(e, strip);
+    uint8_t *out = e->out + strip * e->strip_bytes;
+    if (!strip_rows(e, strip, rows)) return;
     for (size_t c = 0; c < columns; c += width, out += e->kind->block_bytes) {
         const size_t n = columns - c < width ? columns - c : width;
         memset(v->before, 0, sizeof v->before);
@@ -92,6 +104,89 @@ static void encode_range(void *context, size_t first, size_t last) {
     free(rows);
 }
 
+// ---- with error feedback (LDLQ, arXiv:2307.13304, section 4.1)
+
+enum { AT_ONCE = 4 }; // strips that share one reading of the factor
+
+/* One q4 block from column FIRST on. TILE (columns, TILE_ROWS) holds errors, weight less what was
+ * stored, to the left of FIRST and weights from there on. MOVED (GROUP, stride) is what the errors
+ * to the left ask of each of the N columns; those inside the block follow one by one. */
+static void feedback_q4(const struct encoding *e, float *tile, size_t first, size_t n,
+                        const float *moved, size_t stride, struct block_q4 *block,
+                        llama_loss *loss, size_t n_rows) {
+    const size_t columns = e->tensor->is.shape[1];
+    float values[GROUP * TILE_ROWS] = {0}, importance[GROUP] = {0};
+    float scale[TILE_ROWS], shift[TILE_ROWS], largest = 0;
+    tile += first * TILE_ROWS;
+    for (size_t c = 0; c < n; c++) {
+        importance[c] = e->factor[(first + c) * columns + first + c];
+        largest = importance[c] > largest ? importance[c] : largest;
+        for (size_t r = 0; r < TILE_ROWS; r++)
+            values[c * TILE_ROWS + r] = tile[c * TILE_ROWS + r] + moved[c * stride + r];
+    }
+    // shares, whose products neither overflow nor vanish
+    for (size_t c = 0; c < n; c++) importance[c] = largest > 0 ? importance[c] / largest : 1;
+    e->kernels->fit_q4(values, importance, scale, shift);
+    for (size_t c = 0; c < n; c++) {
+        const float *asks = e->factor + (first + c) * columns + first;
+        float *value = values + c * TILE_ROWS, *error = tile + c * TILE_ROWS;
+        for (size_t before = 0; before < c; before++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                value[r] += asks[before] * tile[before * TILE_ROWS + r];
+        for (size_t r = 0; r < TILE_ROWS; r++) {
+            const float weight = error[r];
+            const int code = q4_code(value[r], scale[r], shift[r]);
+            error[r] = weight - scale[r] * ((float)q4_levels[code] + shift[r]);
+            if (r >= n_rows) continue;
+            loss->sum_squares += (double)weight * (double)weight;
+            loss->sum_squared_error += (double)error[r] * (double)error[r];
+            loss->max_error = fmax(loss->max_error, fabs((double)error[r]));
+        }
+    }
+    q4_pack(values, scale, shift, block);
+}
+
+/* Strips [first, first + n), n <= AT_ONCE, in TILES (n, columns, TILE_ROWS): the float kind's own
+ * layout, so that errors meet the factor as weights meet inputs. */
+static void feedback_strips(struct encoding *e, size_t first, size_t n, float *rows,
+                            float *tiles) {
+    const size_t columns = e->tensor->is.shape[1], tile = columns * TILE_ROWS;
+    float moved[GROUP * AT_ONCE * TILE_ROWS] = {0}; // (GROUP, AT_ONCE, TILE_ROWS)
+    for (size_t s = 0; s < n; s++) {
+        memset(rows, 0, tile * sizeof *rows);
+        if (!strip_rows(e, first + s, rows)) return;
+        for (size_t c = 0; c < columns; c++)
+            for (size_t r = 0; r < TILE_ROWS; r++)
+                tiles[s * tile + c * TILE_ROWS + r] = rows[r * columns + c];
+    }
+    for (size_t c = 0; c < columns; c += GROUP) {
+        const size_t width = columns - c < GROUP ? columns - c : GROUP;
+        const struct input in = {.n = width, .columns = c, .x = e->factor + c * columns,
+                                 .x_stride = columns};
+        const struct matmul job = {(const uint8_t *)tiles, tile * sizeof *tiles, &in, moved,
+                                   AT_ONCE * TILE_ROWS};
+        if (c) e->kernels->matmul_f32(&job, 0, n);
+        for (size_t s = 0; s < n; s++)
+            feedback_q4(e, tiles + s * tile, c, width, moved + s * TILE_ROWS,
+                        AT_ONCE * TILE_ROWS,
+                        (struct block_q4 *)(void *)(e->out + (first + s) * e->strip_bytes) +
+                            c / GROUP,
+                        &e->losses[first + s], true_rows(e, first + s));
+    }
+}
+
+static void feedback_range(void *context, size_t first, size_t last) {
+    struct encoding *e = context;
+    const size_t tile = e->tensor->is.shape[1] * TILE_ROWS;
+    float *rows = malloc(tile * sizeof *rows);
+    void *tiles = NULL;
+    if (!rows || posix_memalign(&tiles, 64, AT_ONCE * tile * sizeof(float))) e->out_of_memory = 1;
+    for (size_t s = first; rows && tiles && s < last && !e->bad; s += AT_ONCE)
+        feedback_strips(e, s, last - s < AT_ONCE ? last - s : AT_ONCE, rows, tiles);
+    free(tiles);
+    free(rows);
+}
+
 /* Names the weight and the value that stopped it. */
 static int refuse(const struct encoding *e) {
     const struct tensor *t = e->tensor;
@@ -106,19 +201,33 @@ static int refuse(const struct encoding *e) {
                 column, value, e->kind->name, (double)e->kind->limit);
 }
 
+int encode_check(const llama_tensor *t, size_t first, size_t n, const struct kind *kind,
+                 size_t out_bytes) {
+    if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
+    if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
+        (n % TILE_ROWS && first + n != t->shape[0]))
+        return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
+                    first + n, (size_t)t->shape[0], TILE_ROWS);
+    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
+        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
+                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
+    return 0;
+}
+
 int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struct kind *kind,
-                int threads, void *out, llama_loss *loss) {
+                const float *factor, int threads, void *out, llama_loss *loss) {
     const size_t strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     struct encoding e = {
         .tensor = tensor, .kind = kind, .first = first, .out = out,
         .strip_bytes = kind_strip_bytes(kind, tensor->is.shape[1]),
-        .kernels = kernels_find(NULL),
+        .kernels = kernels_find(NULL), .factor = factor,
         .losses = calloc(strips + 1, sizeof *e.losses),
     };
     if (!e.losses) return fail("out of memory for quantising %s", tensor->is.name);
     struct pool *pool = pool_open(threads);
     if (!pool) return free(e.losses), -1;
-    pool_run(pool, strips, 1, encode_range, &e);
+    if (factor && kind == kind_find(LLAMA_Q4)) pool_run(pool, strips, AT_ONCE, feedback_range, &e);
+    else pool_run(pool, strips, 1, encode_range, &e);
     pool_close(pool);
     *loss = (llama_loss){0};
     for (size_t s = 0; s < strips; s++) {

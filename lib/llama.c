@@ -7,6 +7,7 @@
 #include "encode.h"
 #include "error.h"
 #include "model.h"
+#include "moments.h"
 #include "rope.h"
 #include "sampler.h"
 #include <pthread.h>
@@ -124,29 +125,27 @@ int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_
 
 // ---- quantising
 
-static int quantize_check(const llama_model *model, size_t tensor, size_t first, size_t n,
-                          const struct kind *kind, size_t out_bytes) {
-    const struct file *f = &model->model.file;
-    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
-    if (!kind) return fail("llama_quantize: no such kind of weights");
-    const llama_tensor *t = &f->tensors[tensor].is;
-    if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
-    if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
-        (n % TILE_ROWS && first + n != t->shape[0]))
-        return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
-                    first + n, (size_t)t->shape[0], TILE_ROWS);
-    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
-        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
-                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
-    return 0;
-}
-
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
-                   int threads, void *out, size_t out_bytes, llama_loss *loss) {
+                   const float *factor, int threads, void *out, size_t out_bytes,
+                   llama_loss *loss) {
     if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
     const struct kind *k = kind_find(kind);
-    if (quantize_check(model, tensor, first, n, k, out_bytes)) return -1;
-    return encode_rows(&model->model.file.tensors[tensor], first, n, k, threads, out, loss);
+    const struct file *f = &model->model.file;
+    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
+    if (!k) return fail("llama_quantize: no such kind of weights");
+    if (encode_check(&f->tensors[tensor].is, first, n, k, out_bytes)) return -1;
+    return encode_rows(&f->tensors[tensor], first, n, k, factor, threads, out, loss);
+}
+
+int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments) {
+    if (!x || !moments || !columns) return fail("llama_add_moments: an argument is NULL or 0");
+    return n ? moments_add(x, n, columns, threads, moments) : 0;
+}
+
+int llama_factor_moments(float *moments, size_t columns, double damping, int threads) {
+    if (!moments || !columns) return fail("llama_factor_moments: an argument is NULL or 0");
+    if (!(damping >= 0 && damping <= 1)) return fail("damping is %g, expected 0 to 1", damping);
+    return moments_factor(moments, columns, damping, threads);
 }
 
 // ---- sessions
@@ -346,6 +345,32 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
     int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
                                  : fail("cannot fork %u positions of sequence %d: it has %u",
                                         length, from, q->length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int stage_locked(llama_session *s, const llama_stage *g) {
+    struct layer layer;
+    const bool takes = g->stage == LLAMA_STAGE_GATE_UP || g->stage == LLAMA_STAGE_END;
+    if (g->stage > LLAMA_STAGE_HEAD) return fail("stage %u of a layer, expected 0 to 5", g->stage);
+    if ((takes && !g->given) || (g->stage != LLAMA_STAGE_END && !g->inputs))
+        return fail("llama_run_stage: given or inputs is NULL, which stage %u needs", g->stage);
+    if (model_layer(&s->model->model, g->layer, g->kinds, g->blocks, &layer)) return -1;
+    if (g->n > s->info.max_seq_len)
+        return fail("a text of %zu tokens does not fit the context of %u", g->n,
+                    s->info.max_seq_len);
+    if (s->cache.sequences[0].length) return fail("llama_run_stage: sequence 0 is not empty");
+    int rc = cache_reserve(&s->cache, 0, (uint32_t)g->n);
+    if (!rc) rc = s->backend->stage(s->state, g, &layer, &s->cache.sequences[0]);
+    cache_trim(&s->cache, 0, 0);
+    return rc;
+}
+
+int llama_run_stage(llama_session *s, const llama_stage *stage) {
+    if (!s || !stage || !stage->stream) return fail("llama_run_stage: an argument is NULL");
+    if (check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = stage_locked(s, stage);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

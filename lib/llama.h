@@ -134,9 +134,23 @@ typedef struct {
  * FIRST is a multiple of 16, and so is N unless it ends at the last row. OUT has an even address,
  * and OUT_BYTES is exactly what those rows take. THREADS as for a session; neither the bytes nor
  * the loss depend on it.
+ * FACTOR (columns, columns), which llama_factor_moments made of what the matrix is multiplied
+ * with, or NULL: q4 then lets each column make up for the errors of those before it; other kinds
+ * do not look at it. Each weight's own error grows by that, and that of the products shrinks.
  * A weight that is not finite, or too large for the kind, is an error that names its place. */
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
-                   int threads, void *out, size_t out_bytes, llama_loss *loss);
+                   const float *factor, int threads, void *out, size_t out_bytes,
+                   llama_loss *loss);
+
+/* MOMENTS += X^T X for N inputs x (n, columns) of a matrix. Of MOMENTS (columns, columns), which
+ * begin as zeros, only the lower triangle is written or read, here and below. The sums are the
+ * same for any number of threads. */
+int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments);
+/* Factors H, the moments with DAMPING (0 to 1) times their mean diagonal added to the diagonal:
+ * H = F^T D F, F lower triangular with ones on its diagonal, where D takes their place. With E
+ * the errors of a row, F's row i says what those before column i ask of it, and D how much its own
+ * rounding counts: E H E^T is the sum of D times its squares (arXiv:2307.13304, section 4.1). */
+int llama_factor_moments(float *moments, size_t columns, double damping, int threads);
 
 typedef struct {
     const char *device;   // NULL or "cpu"; "cuda"
@@ -229,6 +243,30 @@ int llama_read_kv(llama_session *session, int32_t sequence, uint32_t first, uint
                   size_t n_bytes);
 int llama_write_kv(llama_session *session, int32_t sequence, uint32_t first, uint32_t n,
                    const void *kv, size_t n_bytes);
+
+/* What calibration does: one layer at a time, in stages between which the matrices that are next
+ * can be encoded, from their inputs, and take the place of the model's. */
+enum {
+    LLAMA_STAGE_QKV = 0,    // the input of wq, wk and wv (n, dim)
+    LLAMA_STAGE_OUTPUT = 1, // of wo, by those three (n, n_heads * head_dim)
+    LLAMA_STAGE_GATE_UP = 2, // of w1 and w3 (n, dim); first wo's input becomes part of the stream
+    LLAMA_STAGE_DOWN = 3,   // of w2, by those two (n, hidden_dim)
+    LLAMA_STAGE_END = 4,    // nothing; w2's input becomes part of the stream
+    LLAMA_STAGE_HEAD = 5    // of the output matrix, after the last layer (n, dim)
+};
+enum { LLAMA_LAYER_MATRICES = 7 };
+typedef struct {
+    uint32_t layer, stage;
+    size_t n;               // positions 0 to n - 1 of one text
+    float *stream;          // (n, dim) what the layer adds to: an embedding at first
+    const float *given;     // GATE_UP and END: the inputs that the stage before them gave
+    float *inputs;          // what the stage gives
+    uint32_t kinds[7];      // of wq, wk, wv, wo, w1, w3, w2 as they are encoded in
+    const void *blocks[7];  // these, at multiples of 64 bytes; NULL: the model's own
+} llama_stage;
+
+/* Runs one stage. Sequence 0 must be empty and is left so. */
+int llama_run_stage(llama_session *session, const llama_stage *stage);
 
 /* How logits become a token, applied in the order of the fields: transformers' order, with the
  * two penalties that it lacks next to the one it has. */

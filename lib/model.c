@@ -95,3 +95,22 @@ void model_close(struct model *m) {
     file_close(&m->file);
     memset(m, 0, sizeof *m);
 }
+
+int model_layer(const struct model *model, uint32_t number, const uint32_t *kinds,
+                const void *const *blocks, struct layer *layer) {
+    if (number >= model->config.n_layers)
+        return fail("layer %u, expected 0 to %u", number, model->config.n_layers - 1);
+    *layer = model->layers[number];
+    struct matrix *all[LLAMA_LAYER_MATRICES] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo,
+                                                &layer->w1, &layer->w3, &layer->w2};
+    for (int i = 0; i < LLAMA_LAYER_MATRICES; i++) {
+        if (!blocks[i]) continue;
+        const struct kind *kind = kind_find(kinds[i]);
+        if (!kind) return fail("layer %u: no such kind of weights as %u", number, kinds[i]);
+        all[i]->kind = kind;
+        all[i]->kind_number = kinds[i];
+        all[i]->strip_bytes = kind_strip_bytes(kind, all[i]->columns);
+        all[i]->data = blocks[i];
+    }
+    return 0;
+}

@@ -151,9 +151,7 @@ void q4_pack(const float *values, const float *scale, const float *shift, struct
         b->d[r] = (uint16_t)(f32_to_f16(scale[r] * Q4_SCALE) |
                              ((int)shift[r] - Q4_LEAST_SHIFT) / 2);
         for (int c = 0; c < GROUP; c++) {
-            const float y = scale[r] == 0 ? 0 : values[c * TILE_ROWS + r] / scale[r] - shift[r];
-            int code = 0;
-            for (int i = 0; i < 15; i++) code += y > q4_middles[i];
+            const int code = q4_code(values[c * TILE_ROWS + r], scale[r], shift[r]);
             uint8_t *byte = &b->q[c % 16 / 4][r][c % 4];
             *byte = c < GROUP / 2 ? (uint8_t)code : (uint8_t)(*byte | code << 4);
         }

@@ -55,6 +55,13 @@ struct kind {
 /* Packs one block: values (GROUP, TILE_ROWS), column by column, scale (TILE_ROWS) as fit.h finds it
  * with f16's precision. Each weight gets the nearest code. */
 void q8_pack(const float *values, const float *scale, struct block_q8 *block);
+/* The code of the level nearest to value / scale - shift, or the level. */
+static inline int q4_code(float value, float scale, float shift) {
+    const float y = scale == 0 ? 0 : value / scale - shift;
+    int code = 0;
+    for (int i = 0; i < 15; i++) code += y > q4_middles[i];
+    return code;
+}
 /* Packs one q4 block: values (GROUP, TILE_ROWS), column by column; scale and shift (TILE_ROWS)
  * as fit.h finds them. Each weight gets the nearest level. */
 void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *block);

@@ -48,6 +48,7 @@ journey takes two hours and forty-five minutes.
 MAX_PASS = 256  # tokens of one forward pass,
 PASS_LOGITS = 1 << 24  # and no more logits than this, 64 MiB
 BLOCK_LOGITS = 1 << 20  # that become float64 at once: 8 MiB, which stays in the caches
+PAGE_NAME = "a fixed page of text"
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Distance:
     n: int
     mean_kl: float  # nats
     same_token: float  # share of positions, 0 to 1
+    text: str = PAGE_NAME
 
     def __str__(self) -> str:
         return (
             f"mean KL divergence {self.mean_kl:.2e} nats, same next token "
-            f"{100 * self.same_token:.1f}% (of {self.n} positions of a fixed page of text)"
+            f"{100 * self.same_token:.1f}% (of {self.n} positions of {self.text})"
         )
 
 
@@ -71,11 +73,12 @@ class Deviation:
 
     n: int
     relative_error: float
+    text: str = PAGE_NAME
 
     def __str__(self) -> str:
         return (
             f"relative error of the outputs {100 * self.relative_error:.3f}% (rms, of {self.n} "
-            "positions of a fixed page of text)"
+            f"positions of {self.text})"
         )
 
 
@@ -157,9 +160,11 @@ def page(engine: Engine) -> list[int]:
 
 
 def measure(
-    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None
-) -> Distance | Deviation:
-    """Runs both files over the page; REFERENCE is the one that counts as right."""
+    reference: str | os.PathLike[str], other: str | os.PathLike[str], threads: int | None = None,
+    texts: Sequence[Sequence[int]] | None = None, name: str = PAGE_NAME,
+) -> Distance | Deviation:  # fmt: skip
+    """Runs both files over the page, or over TEXTS, token ids, called NAME; REFERENCE is the one
+    that counts as right."""
     with ExitStack() as stack:
         engines = [
             stack.enter_context(Engine(path, threads=threads, max_seq_len=512))
@@ -171,20 +176,23 @@ def measure(
                 f"{reference} and {other}: two models of the same head and number of outputs are "
                 f"compared, found {a.n_outputs} and {b.n_outputs}"
             )
-        ids = page(engines[0])
+        texts = texts or [page(engines[0])]
+        n = sum(map(len, texts))
         if a.head != Head.LM:
-            return _deviation(ids, engines)
+            return Deviation(n, _deviation(texts, engines), name)
         kl, same = 0.0, 0
-        for _, pair in outputs(engines, ids, 0, len(ids)):
-            p, q = map(log_softmax, pair)
-            kl += float(divergence(p, q).sum())
-            same += int(same_token(p, q).sum())
-    return Distance(len(ids), kl / len(ids), same / len(ids))
+        for ids in texts:
+            for _, pair in outputs(engines, ids, 0, len(ids)):
+                p, q = map(log_softmax, pair)
+                kl += float(divergence(p, q).sum())
+                same += int(same_token(p, q).sum())
+    return Distance(n, kl / n, same / n, name)
 
 
-def _deviation(ids: Sequence[int], engines: Sequence[Engine]) -> Deviation:
+def _deviation(texts: Sequence[Sequence[int]], engines: Sequence[Engine]) -> float:
     error, size = 0.0, 0.0
-    for _, (right, ours) in outputs(engines, ids, 0, len(ids)):
-        error += float(np.square(ours - right, dtype=np.float64).sum())
-        size += float(np.square(right, dtype=np.float64).sum())
-    return Deviation(len(ids), math.sqrt(error / size) if size else 0.0)
+    for ids in texts:
+        for _, (right, ours) in outputs(engines, ids, 0, len(ids)):
+            error += float(np.square(ours - right, dtype=np.float64).sum())
+            size += float(np.square(right, dtype=np.float64).sum())
+    return math.sqrt(error / size) if size else 0.0

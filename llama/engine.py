@@ -30,6 +30,7 @@ TOKENIZERS = {0: "none", 1: "sentencepiece", 2: "json", 3: "tiktoken"}
 MAX_SEQUENCES: int = lib.LLAMA_MAX_SEQUENCES
 NUMBERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_p",
            "min_p", "typical_p", "mirostat_tau", "mirostat_eta")  # fmt: skip
+Floats: TypeAlias = NDArray[np.float32]
 Mu: TypeAlias = "array[float]"  # mirostat's number, of length 1
 
 
@@ -208,13 +209,19 @@ class Model:
         return out
 
     def quantize(
-        self, index: int, first: int, n: int, kind: Kind, n_bytes: int, threads: int | None = None
-    ) -> tuple[bytearray, Loss]:
-        """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks."""
+        self, index: int, first: int, n: int, kind: Kind, n_bytes: int,
+        threads: int | None = None, factor: Floats | None = None,
+    ) -> tuple[bytearray, Loss]:  # fmt: skip
+        """Rows [first, first + n) of matrix INDEX in another kind: N_BYTES of blocks. FACTOR is
+        what factor_moments() left, for error feedback."""
         out, loss = bytearray(n_bytes), ffi.new("llama_loss *")
-        check(lib.llama_quantize(self.handle, index, first, n, int(kind), _threads(threads),
-                                 ffi.from_buffer(out, require_writable=True), n_bytes,
-                                 loss))  # fmt: skip
+        columns = self._tensor(_within("tensor", index)).shape[-1]
+        if factor is not None and factor.shape != (columns, columns):
+            raise LlamaError(f"a factor of {columns} columns: found shape {factor.shape}")
+        check(lib.llama_quantize(self.handle, index, first, n, int(kind),
+                                 ffi.NULL if factor is None else ffi.from_buffer("float[]", factor),
+                                 _threads(threads), ffi.from_buffer(out, require_writable=True),
+                                 n_bytes, loss))  # fmt: skip
         return out, Loss(loss.sum_squares, loss.sum_squared_error, loss.max_error)
 
 

@@ -35,7 +35,8 @@ from llama import distance
 from llama.cli import Parser, default_bin, run, say
 from llama.config import Head
 from llama.errors import LlamaError
-from llama.tokenizer import Tokenizer, open_tokenizer, vocabularies_differ
+from llama.reward import vocabularies_differ
+from llama.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from llama.engine import Engine
@@ -265,7 +266,7 @@ def arguments() -> argparse.Namespace:
         )  # fmt: skip
         parser.add_argument(
             f"--{prefix}kv", metavar="KIND",
-            help=f"{whose} keys and values: f32 or f16 (default: f32 for an f32 file, else f16)",
+            help=f"{whose} keys and values: f32, f16, q8 (default: f32 for an f32 file, else f16)",
         )  # fmt: skip
     given = parser.parse_args()
     for name in ("tokens", "stride"):

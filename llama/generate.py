@@ -392,7 +392,6 @@ class Llama(Heads):
         """(index, (logprob, greedy)) of each (context ids, continuation ids) of PAIRS as it is
         known: how likely the continuation is, and whether each of its tokens is the likeliest."""
         self.require(Head.LM, "likelihoods()")
-        self._batches.check_open()
         return likelihood.each(self._batches, pairs)
 
     # --- the end

@@ -71,6 +71,9 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
         try:
             receipt = read_receipt(meta["quantize.receipt"])
             yield "quantised", f"from {receipt.source} to {receipt.bits} bits"
+            if receipt.command:
+                yield "", f"by {receipt.command}"
+                yield "", f"source's SHA-256, of all before its weights: {receipt.source_sha256}"
             for line in receipt.lines():
                 yield "", line
         except LlamaError as error:

@@ -439,25 +439,6 @@ def open_tokenizer(
     raise LlamaError(f"tokenizer kind must be sentencepiece, json, tiktoken or none, found {kind}")
 
 
-def vocabularies_differ(ours: Tokenizer, other: Tokenizer) -> str | None:
-    """How OTHER's ids mean other texts than OURS, or None. Without tokenizers all that is known
-    is how many ids there are."""
-    if ours.kind != other.kind:
-        return f"expected a tokenizer of kind {ours.kind}, found {other.kind}"
-    sizes = ours.size or ours.vocab_size, other.size or other.vocab_size
-    if sizes[0] != sizes[1]:
-        return f"expected {sizes[0]} tokens, found {sizes[1]}"
-    for token in range(ours.size):
-        expected, found = ours.written(token), other.written(token)
-        if expected != found:
-            texts = [x.decode("utf-8", "backslashreplace") for x in (expected, found)]
-            return f"token {token}: expected {texts[0]!r}, found {texts[1]!r}"
-    if ours.control != other.control:
-        names = sorted(ours.control.items() ^ other.control.items(), key=lambda item: item[1])
-        return f"{names[0][0]!r} is a control token of one and not of the other"
-    return None
-
-
 def split_at(pieces: Iterable[str], text: str) -> list[str]:
     """TEXT cut into the PIECES it holds (the longest of those that start together) and what
     stands between them; empty parts are left out."""

@@ -22,7 +22,6 @@ from llama import Llama, LlamaError, SamplingParams, format, reward
 from llama.completion import Result
 from llama.config import Config, Head
 from llama.format import TokenizerKind
-from llama.tokenizer import vocabularies_differ
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Config(
@@ -244,8 +243,8 @@ def test_real_vocabularies_are_told_apart(data: Path, tmp_path: Path) -> None:
     one = open_tokenizer("sentencepiece", llama2, 32000, 1, (2,), {})
     same = open_tokenizer("sentencepiece", llama2, 32001, 1, (), {})
     other = open_tokenizer("json", json2, 32000, 1, (2,), {})
-    assert vocabularies_differ(one, same) is None
-    assert vocabularies_differ(one, other) == (
+    assert reward.vocabularies_differ(one, same) is None
+    assert reward.vocabularies_differ(one, other) == (
         "expected a tokenizer of kind sentencepiece, found json"
     )
 

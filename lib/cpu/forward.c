@@ -63,11 +63,11 @@ static void embed_range(void *context, size_t first, size_t last) {
                         p->cpu->x + i * p->cpu->dim);
 }
 
-static void embed(struct part *p) {
+/* The angles that rope turns by. */
+static void angles(struct part *p) {
     struct cpu *c = p->cpu;
     const llama_config *f = &c->model->config;
     const size_t half = f->head_dim / 2;
-    pool_run(c->pool, p->n, 4, embed_range, p);
     for (size_t i = 0; i < p->n; i++) {
         const int32_t asked = p->rope_lengths ? p->rope_lengths[i] : 0;
         const uint32_t length = rope_length(f, asked, p->positions[i]);
@@ -75,6 +75,11 @@ static void embed(struct part *p) {
         c->rope_length = length;
         rope_angles(f, c->frequencies, p->positions[i], c->cos + i * half, c->sin + i * half);
     }
+}
+
+static void embed(struct part *p) {
+    pool_run(p->cpu->pool, p->n, 4, embed_range, p);
+    angles(p);
 }
 
 struct norming {
@@ -286,6 +291,79 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
     return 0;
 }
 
+// ---- stages, for calibration
+
+struct rows_view { float *at; size_t stride, width; }; // rows of scratch
+
+/* What a stage takes besides the stream, or leaves. */
+static struct rows_view stage_view(struct cpu *c, uint32_t stage) {
+    const llama_config *f = &c->model->config;
+    if (stage == LLAMA_STAGE_OUTPUT)
+        return (struct rows_view){c->attended, c->heads, (size_t)f->n_heads * f->head_dim};
+    if (stage == LLAMA_STAGE_DOWN) return (struct rows_view){c->gate, c->hidden, f->hidden_dim};
+    return (struct rows_view){c->normed, c->dim, f->dim};
+}
+
+static void take(struct rows_view to, const float *rows, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        memcpy(to.at + i * to.stride, rows + i * to.width, to.width * sizeof *rows);
+}
+
+static void stage_part(struct part *p, uint32_t stage) {
+    struct norming last = {p->cpu, p->cpu->model->norm};
+    switch (stage) {
+    case LLAMA_STAGE_QKV: attention_norm(p); break;
+    case LLAMA_STAGE_OUTPUT:
+        angles(p);
+        attention_norm(p);
+        qkv(p);
+        rope(p);
+        store(p);
+        attend(p);
+        break;
+    case LLAMA_STAGE_GATE_UP:
+        output(p);
+        ffn_norm(p);
+        break;
+    case LLAMA_STAGE_DOWN:
+        ffn_norm(p);
+        gate_up(p);
+        break;
+    case LLAMA_STAGE_END: down(p); break;
+    case LLAMA_STAGE_HEAD: pool_run(p->cpu->pool, p->n, 4, norm_range, &last); break;
+    }
+}
+
+/* Every layer has the first's place in the pages: no other is needed at the same time. */
+static int cpu_stage(void *state, const llama_stage *stage, const struct layer *layer,
+                     const struct sequence *of) {
+    struct cpu *c = state;
+    const size_t dim = c->model->config.dim;
+    int32_t positions[MOST_ROWS], lengths[MOST_ROWS];
+    const struct sequence *all[MOST_ROWS];
+    for (size_t start = 0; start < stage->n; start += c->rows) {
+        struct part p = {.cpu = c, .layer = layer, .positions = positions, .of = all,
+                         .rope_lengths = lengths,
+                         .n = stage->n - start < c->rows ? stage->n - start : c->rows};
+        for (size_t i = 0; i < p.n; i++) {
+            positions[i] = (int32_t)(start + i);
+            lengths[i] = (int32_t)stage->n;
+            all[i] = of;
+        }
+        const struct rows_view stream = {c->x, c->dim, dim}, out = stage_view(c, stage->stage);
+        take(stream, stage->stream + start * dim, p.n);
+        if (stage->stage == LLAMA_STAGE_GATE_UP || stage->stage == LLAMA_STAGE_END) {
+            const struct rows_view in = stage_view(c, stage->stage - 1);
+            take(in, stage->given + start * in.width, p.n);
+        }
+        stage_part(&p, stage->stage);
+        put(stage->stream + start * dim, c->x, p.n, c->dim, dim);
+        if (stage->stage != LLAMA_STAGE_END)
+            put(stage->inputs + start * out.width, out.at, p.n, out.stride, out.width);
+    }
+    return 0;
+}
+
 // ---- pages
 
 static void *page_make(void *device) {
@@ -428,4 +506,4 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
 }
 
 const struct backend backend_cpu = {"cpu",     cpu_open,    cpu_close, cpu_pages,
-                                    cpu_forward, cpu_read, cpu_write};
+                                    cpu_forward, cpu_stage, cpu_read, cpu_write};

@@ -1,0 +1,63 @@
+"""What calibration asks of the C library: a layer in stages, and the moments of inputs.
+
+lib/llama.h is the manual; here arrays become pointers and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama._lib import check, ffi, lib
+from llama.engine import Engine, Floats
+from llama.errors import LlamaError
+from llama.quant import Kind
+
+Blocks = tuple[Kind, NDArray[np.uint8]]  # a matrix as it is encoded, see aligned()
+END, HEAD = int(lib.LLAMA_STAGE_END), int(lib.LLAMA_STAGE_HEAD)
+
+
+def aligned(n: int) -> NDArray[np.uint8]:
+    """N bytes at a multiple of 64, as the kernels read blocks."""
+    raw = np.empty(n + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n]
+
+
+def run_stage(
+    engine: Engine, layer: int, stage: int, stream: Floats, given: Floats,
+    blocks: Mapping[int, Blocks],
+) -> Floats:  # fmt: skip
+    """One stage of LAYER over one text. Changes STREAM (n, dim), takes what the stage before GAVE,
+    and gives (n, columns) inputs of the matrices that are next. BLOCKS by place (wq, wk, wv, wo,
+    w1, w3, w2) stand for the model's own."""
+    c = engine.config
+    width = {1: c.n_heads * c.head_dim, 3: c.hidden_dim}.get(stage, c.dim)
+    inputs = np.empty((len(stream), width), np.float32)
+    s = ffi.new("llama_stage *")
+    s.layer, s.stage, s.n = layer, stage, len(stream)
+    alive = [ffi.from_buffer("float[]", array) for array in (stream, given, inputs)]
+    s.stream, s.given, s.inputs = alive
+    for place, (kind, data) in blocks.items():
+        alive.append(ffi.from_buffer(data))
+        s.kinds[place], s.blocks[place] = int(kind), alive[-1]
+    check(lib.llama_run_stage(engine.handle, s))
+    return inputs
+
+
+def add_moments(moments: Floats, x: Floats, threads: int | None = None) -> None:
+    """MOMENTS (columns, columns), zeros at first, += x^T x for inputs X (n, columns); only the
+    lower triangle."""
+    n, columns = x.shape
+    if moments.shape != (columns, columns):
+        raise LlamaError(f"moments of {columns} columns: found shape {moments.shape}")
+    check(lib.llama_add_moments(ffi.from_buffer("float[]", x), n, columns, threads or 0,
+                                ffi.from_buffer("float[]", moments)))  # fmt: skip
+
+
+def factor_moments(moments: Floats, damping: float, threads: int | None = None) -> None:
+    """Factors MOMENTS in place, as llama_factor_moments says."""
+    check(lib.llama_factor_moments(ffi.from_buffer("float[]", moments), len(moments), damping,
+                                   threads or 0))  # fmt: skip
