@@ -278,7 +278,7 @@ def test_no_memory_for_a_page_leaves_the_sequence(tmp_path: Path) -> None:
 def test_the_plain_layout_is_what_model_py_holds(tmp_path: Path, kv: str) -> None:
     shape = shape_of("yarn", 3)
     path = small_models.write_bin(tmp_path / "model.bin", shape, 3)
-    model, cache = Transformer(path), Cache(shape.n_layers)
+    model, cache = Coded(path) if kv == "q8" else Transformer(path), Cache(shape.n_layers)
     tokens = tokens_of(3, 70)
     model.forward(tokens, cache)
     right = np.stack([
