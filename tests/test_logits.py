@@ -155,17 +155,26 @@ class Coded(Transformer):
     """model.py that keeps keys and values as kernels.h does in q8: a key's head, in blocks of the
     largest power of two that divides head_dim, times the Hadamard matrix; then codes."""
 
-    def store(self, cache: Cache, layer: int, k: torch.Tensor, v: torch.Tensor) -> Any:
-        def coded(x: torch.Tensor) -> torch.Tensor:
-            d = x.abs().amax(-1, keepdim=True) / 127
-            return torch.where(d > 0, (x / d).round(), 0.0) * d
+    def coded(self, x: torch.Tensor) -> torch.Tensor:
+        d = x.abs().amax(-1, keepdim=True) / 127
+        return torch.where(d > 0, (x / d).round(), 0.0) * d
 
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
         size = self.config.head_dim & -self.config.head_dim
         signs = [[(-1.0) ** (i & j).bit_count() for i in range(size)] for j in range(size)]
-        turn = torch.tensor(signs, dtype=self.dtype)
-        turned = coded((k.unflatten(-1, (-1, size)) @ turn).flatten(-2))
-        back = (turned.unflatten(-1, (-1, size)) @ turn / size).flatten(-2)
-        return super().store(cache, layer, back, coded(v))
+        return (x.unflatten(-1, (-1, size)) @ torch.tensor(signs, dtype=x.dtype)).flatten(-2)
+
+    def coded_key(self, k: torch.Tensor) -> torch.Tensor:
+        size = self.config.head_dim & -self.config.head_dim
+        return self.turned(self.coded(self.turned(k))) / size
+
+    def store(self, cache: Cache, layer: int, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return super().store(cache, layer, self.coded_key(k), self.coded(v))
+
+    def slide(self, cache: Cache, first: int, count: int) -> None:
+        super().slide(cache, first, count)
+        for keys in cache.keys:
+            keys[first:] = [self.coded_key(key) for key in keys[first:]]
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "one head"])

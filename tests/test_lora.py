@@ -323,6 +323,29 @@ def test_what_was_tied(tmp_path: Path) -> None:
         assert_same(export(source, tmp_path / "a.bin", folder), expected)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_head_of_labels(tmp_path: Path, saved: bool) -> None:
+    """Of a sequence classifier: replaced whole, or with matrices of its own."""
+    transformers = pytest.importorskip("transformers")
+    settings = small_models.hf_settings(SHAPE, architectures=None, num_labels=3, pad_token_id=None)
+    del settings["rope_scaling"], settings["rope_theta"]
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**settings))
+    model.save_pretrained(tmp_path / "base")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ends = ("q_proj", "k_proj") if saved else ("q_proj", "k_proj", "score")
+    adapter = pairs(weights, ends)
+    expected = merged(weights, adapter, 2.0)
+    more: dict[str, Any] = {"target_modules": list(ends), "task_type": "SEQ_CLS"}
+    if saved:
+        adapter["score.weight"] = expected["score.weight"] = torch.randn(3, 24)
+        more["modules_to_save"] = ["classifier", "score"]
+    model.load_state_dict(expected)
+    model.save_pretrained(tmp_path / "known")
+    found = export(tmp_path / "base", tmp_path / "a.bin", write(tmp_path / "a", adapter, **more))
+    assert_same(found, export(tmp_path / "known", tmp_path / "b.bin"))
+    assert found.tensors["output.weight"].shape == (3, 24)
+
+
 def test_notes(tmp_path: Path) -> None:
     source, weights = base(tmp_path / "base")
     tensors = pairs(weights, ENDS) | {"model.norm.weight": torch.ones(24)}

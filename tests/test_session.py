@@ -82,7 +82,7 @@ def small_chat(folder: Path, **changes: Any) -> Path:
     return small_models.write_bin(folder / "model.bin", shape, **more)
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_the_next_answer_is_the_same_to_the_last_bit(
     tiny: Path, tmp_path: Path, kv: str, params: SamplingParams

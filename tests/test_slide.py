@@ -17,6 +17,7 @@ import pytest
 import small_models
 import torch
 from numpy.typing import NDArray
+from test_logits import Coded
 
 from llama.config import Config, Rope
 from llama.engine import Engine, isa_names
@@ -84,7 +85,8 @@ def test_slides_are_model_pys(tmp_path: Path, rope: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for kv, judge, bound in (
         ("f32", Transformer(path), 1e-5), ("f16", Half(path), 1e-3),
-        ("f16", Transformer(path), 5e-3), ("q8", Transformer(path), 1e-1),
+        ("f16", Transformer(path), 5e-3),
+        ("q8", Coded(path), 1e-2), ("q8", Transformer(path), 1e-1),
     ):  # fmt: skip
         cache = Cache(shape.n_layers)
         with Engine(path, kv=kv) as engine:
@@ -272,11 +274,11 @@ def test_no_memory_for_a_page_leaves_the_sequence(tmp_path: Path) -> None:
 # --- the plain layout
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 def test_the_plain_layout_is_what_model_py_holds(tmp_path: Path, kv: str) -> None:
     shape = shape_of("yarn", 3)
     path = small_models.write_bin(tmp_path / "model.bin", shape, 3)
-    model, cache = Transformer(path), Cache(shape.n_layers)
+    model, cache = Coded(path) if kv == "q8" else Transformer(path), Cache(shape.n_layers)
     tokens = tokens_of(3, 70)
     model.forward(tokens, cache)
     right = np.stack([
@@ -285,9 +287,15 @@ def test_the_plain_layout_is_what_model_py_holds(tmp_path: Path, kv: str) -> Non
     ], 1)  # fmt: skip
     with Engine(path, kv=kv) as engine:
         feed(engine, tokens)
-        got = np.frombuffer(engine.read_kv(0, 0, 70), np.float32 if kv == "f32" else np.float16)
-        ours = got.reshape(70, shape.n_layers, 2, shape.n_kv_heads, shape.head_dim)
-        assert far(ours.astype(np.float32), right) <= (1e-5 if kv == "f32" else 1e-3)
+        how = {"f32": "f4", "f16": "f2", "q8": f"({shape.head_dim},)i1, f4"}[kv]
+        got = np.frombuffer(engine.read_kv(0, 0, 70), how)
+        ours = got["f0"] * got["f1"][:, None] if kv == "q8" else got.astype(np.float32)
+        ours = ours.reshape(70, shape.n_layers, 2, shape.n_kv_heads, shape.head_dim)
+        if kv == "q8":
+            size = shape.head_dim & -shape.head_dim
+            keys = Coded(path).turned(torch.from_numpy(ours[:, :, 0].astype(np.float32))) / size
+            ours = np.stack([keys.numpy(), ours[:, :, 1]], 2)
+        assert far(ours, right) <= {"f32": 1e-5, "f16": 1e-3, "q8": 1e-2}[kv]
         middle = np.frombuffer(engine.read_kv(0, 31, 3), got.dtype)
         assert np.array_equal(middle.reshape(3, -1), got.reshape(70, -1)[31:34])
 
