@@ -40,12 +40,12 @@ def main() -> int:
     def work() -> int:
         from llama.shrink import BITS, calibration_of, report, shrink
 
+        calibrate = calibration_of(args.bits, args.calibrate, args.calibration_tokens)
         source = args.bin or cli.default_bin()
         out = args.out or source.parent / f"{source.stem}-{BITS[args.bits].label}.bin"
         receipt = shrink(
             source, out, args.bits, force=args.force, threads=args.threads,
-            calibrate=calibration_of(args.bits, args.calibrate, args.calibration_tokens),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            calibrate=calibrate, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
         report(receipt, out)
         return 0

@@ -198,13 +198,31 @@ def _texts(
     n = calibrate.tokens + calibrate.tokens // 15  # and what is held out
     with tqdm(total=n, unit="tok", leave=False, desc="writing texts",
               disable=True if calibrate.file else None) as bar:  # fmt: skip
-        found = texts_of(source, n, calibrate.file, threads, bar.update)
+        try:
+            found = texts_of(source, n, calibrate.file, threads, bar.update)
+        except LlamaError:
+            _name_bad_weight(source)  # as encoding would, had the model come that far
+            raise
     if not found:
         return [], []
     texts, held_out = hold_out(found)
     receipt.calibration = calibrate.file.name if calibrate.file else OWN
     receipt.calibration_tokens = sum(map(len, texts))
     return texts, held_out
+
+
+def _name_bad_weight(source: Path) -> None:
+    """LlamaError for the first weight that is not finite, if there is one."""
+    with Model(source) as model:
+        for index, tensor in enumerate(model.tensors):
+            columns = tensor.shape[1] if len(tensor.shape) == 2 else 1
+            step = max(CHUNK_BYTES // (4 * columns), 1)
+            for first in range(0, tensor.shape[0], step):
+                rows = model.rows(index, first, min(step, tensor.shape[0] - first))
+                if len(bad := np.argwhere(~np.isfinite(rows))):
+                    place = ", ".join(map(str, (bad[0][0] + first, *bad[0][1:])))
+                    value = rows[tuple(bad[0])]
+                    raise LlamaError(f"{tensor.name}: weight ({place}) is {value}")
 
 
 class _Work:
