@@ -48,9 +48,6 @@ def complete(args: Namespace) -> int:
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with open_model(args) as llm, _reward(args) as reward:
         if llm.config.head != Head.LM:
-            if isinstance(prompt, Gap):
-                llm.require(Head.LM, "--prefix")
-            assert not isinstance(prompt, Gap)  # require said so
             _judge(llm, prompt, args)
         elif args.n is None and args.best_of is None:
             _one(llm, prompt, params, args)
