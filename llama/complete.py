@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +48,6 @@ def complete(args: Namespace) -> int:
         prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with open_model(args) as llm, _reward(args) as reward:
         if llm.config.head != Head.LM:
-            if isinstance(prompt, Gap):
-                llm.require(Head.LM, "--prefix")
-            assert not isinstance(prompt, Gap)  # require said so
             _judge(llm, prompt, args)
         elif args.n is None and args.best_of is None:
             _one(llm, prompt, params, args)
@@ -107,12 +103,13 @@ def _one(llm: Llama, prompt: Prompt, params: SamplingParams, args: Namespace) ->
     say(speed_line(llm))
 
 
-def _judge(llm: Llama, text: str | Sequence[int], args: Namespace) -> None:
+def _judge(llm: Llama, text: Prompt, args: Namespace) -> None:
     """A classifier's label and its score, a reward model's score, each token with its label, or
     the embedding as JSON."""
-    for flag in ("n", "best_of", "logprobs", "echo"):
-        if getattr(args, flag):
+    for flag in ("prefix", "n", "best_of", "logprobs", "echo"):
+        if getattr(args, flag) is not None and getattr(args, flag) is not False:
             llm.require(Head.LM, f"--{flag.replace('_', '-')}")
+    assert not isinstance(text, Gap)  # that was --prefix
     lines: list[str]
     if llm.config.head == Head.NONE:
         lines = [json.dumps([float(f"{x:.9g}") for x in llm.embed(text)])]

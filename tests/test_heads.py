@@ -723,6 +723,9 @@ def test_run_prints_what_the_model_says(files: dict[str, Path]) -> None:
          "one classifies texts: use classify()"),
         ("run.py", "none", ["a", "--best-of=2"], "--best-of needs a model that writes text"),
         ("run.py", "none", ["a", "--echo"], "--echo needs a model that writes text"),
+        ("run.py", "none", ["a", "--logprobs=0"], "--logprobs needs a model that writes text"),
+        ("run.py", "none", [f"--prefix={__file__}", f"--suffix={__file__}"],
+         "--prefix needs a model that writes text"),
         ("run.py", "reward", ["--prompts=-"], "--prompts needs a model that writes text"),
         ("chat.py", "classes", [], "chat.py: a chat needs a model that writes text; this one "
          "classifies texts: use classify()"),
