@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama.config import Head
 from llama.errors import LlamaError
 from llama.overflow import POLICIES
 from llama.sampling import SamplingParams, params_from
@@ -148,7 +147,7 @@ def add_overflow_flags(parser: Parser, default: str | None, what: str) -> None:
     group = parser.add_argument_group("when the context is full")
     group.add_argument(
         "--overflow", choices=POLICIES, default=default,
-        help="stop: the text ends there; error: so does the program; slide: the first tokens "
+        help="stop: the text ends there; error: with an error; slide: the first tokens "
         f"stay, of the others the oldest half goes, and the text runs on (default: {what})",
     )  # fmt: skip
     group.add_argument(
@@ -242,6 +241,8 @@ def say(line: str) -> None:
 
 def show_prompt(llm: Any, ids: Sequence[int]) -> None:
     """Every token of a prompt on stderr, and what is odd about it."""
+    from llama.config import Head
+
     tokenizer = llm.tokenizer
     width = len(str(llm.config.vocab_size))
     say(f"prompt: {len(ids)} tokens")
