@@ -23,10 +23,11 @@ from llama.cli import open_model, params_of, say, show_prompt, speed_line, text_
 from llama.completion import Result
 from llama.config import Head
 from llama.errors import LlamaError
-from llama.generate import Llama, Stream
+from llama.generate import Llama
 from llama.machine import cache_folder
 from llama.overflow import slides
 from llama.sampling import SamplingParams
+from llama.stream import Stream
 
 HELP = """\
 /reset          forget the conversation
