@@ -185,7 +185,8 @@ def test_odd_groups(values: np.ndarray) -> None:
                 for c in (0, 32):
                     top = np.abs(values[:, c : c + 32]).max(axis=1)
                     # a step and what the search cuts off, and the scale's smallest step
-                    bound = top / levels * (1.6 if kind == Kind.Q8 else 1.01) + levels * 6e-8
+                    # times the outermost level, which is near 127 in both kinds
+                    bound = top / levels * (1.6 if kind == Kind.Q8 else 1.01) + 127 * 6e-8
                     assert (error[:, c : c + 32] <= bound[:, None]).all()
                     zero = (values[:, c : c + 32] == 0).all(axis=1)
                     assert (after[:, c : c + 32][zero] == 0).all()
