@@ -33,6 +33,11 @@ def main() -> int:
     parser.add_argument(
         "--calibration-tokens", type=int, metavar="N", help="how much of it (default: 8192)"
     )
+    parser.add_argument(
+        "--rotate", choices=["auto", "yes", "no"], default="auto",
+        help="turn each group of 32 weights, and what they are multiplied with, so that 8-bit "
+        "activations lose little (default: auto, where the weights lose nothing by it)",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core)")
     args = parser.parse_args()
@@ -45,7 +50,8 @@ def main() -> int:
         out = args.out or source.parent / f"{source.stem}-{BITS[args.bits].label}.bin"
         receipt = shrink(
             source, out, args.bits, force=args.force, threads=args.threads,
-            calibrate=calibrate, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            calibrate=calibrate, rotate={"auto": None, "yes": True, "no": False}[args.rotate],
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )  # fmt: skip
         report(receipt, out)
         return 0

@@ -22,6 +22,9 @@ struct encoding {
     atomic_int out_of_memory;
 };
 
+static int is_q8(const struct kind *kind) { return kind->block_bytes == sizeof(struct block_q8); }
+static int is_q4(const struct kind *kind) { return kind->block_bytes == sizeof(struct block_q4); }
+
 /* One block before and after, (TILE_ROWS, GROUP) at most. */
 struct block_values { float before[TILE_ROWS * GROUP], after[TILE_ROWS * GROUP]; };
 
@@ -44,11 +47,14 @@ static void encode_block(const struct encoding *e, const float *values, size_t n
         e->kind->encode(values, block);
         return;
     }
-    for (size_t c = 0; c < GROUP; c++) {
-        importance[c] = c < n;
-        for (size_t r = 0; r < TILE_ROWS; r++) turned[c * TILE_ROWS + r] = values[r * GROUP + c];
+    for (size_t c = 0; c < GROUP; c++) importance[c] = c < n;
+    for (size_t r = 0; r < TILE_ROWS; r++) {
+        float row[GROUP];
+        memcpy(row, values + r * GROUP, sizeof row);
+        if (e->kind->rotated) rotate_group(row, ROTATED_WEIGHT);
+        for (size_t c = 0; c < GROUP; c++) turned[c * TILE_ROWS + r] = row[c];
     }
-    if (e->kind == kind_find(LLAMA_Q8)) {
+    if (is_q8(e->kind)) {
         e->kernels->fit_q8(turned, scale);
         q8_pack(turned, scale, block);
     } else {
@@ -117,7 +123,12 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
     const size_t columns = e->tensor->is.shape[1];
     float values[GROUP * TILE_ROWS] = {0}, importance[GROUP] = {0};
     float scale[TILE_ROWS], shift[TILE_ROWS], largest = 0;
+    struct block_values v;
     tile += first * TILE_ROWS;
+    for (size_t r = 0; r < n_rows; r++) {
+        for (size_t c = 0; c < n; c++) v.before[r * GROUP + c] = tile[c * TILE_ROWS + r];
+        if (e->kind->rotated) rotate_group(v.before + r * GROUP, ROTATED_INPUT);
+    }
     for (size_t c = 0; c < n; c++) {
         importance[c] = e->factor[(first + c) * columns + first + c];
         largest = importance[c] > largest ? importance[c] : largest;
@@ -134,16 +145,13 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
             for (size_t r = 0; r < TILE_ROWS; r++)
                 value[r] += asks[before] * tile[before * TILE_ROWS + r];
         for (size_t r = 0; r < TILE_ROWS; r++) {
-            const float weight = error[r];
             const int code = q4_code(value[r], scale[r], shift[r]);
-            error[r] = weight - scale[r] * ((float)q4_levels[code] + shift[r]);
-            if (r >= n_rows) continue;
-            loss->sum_squares += (double)weight * (double)weight;
-            loss->sum_squared_error += (double)error[r] * (double)error[r];
-            loss->max_error = fmax(loss->max_error, fabs((double)error[r]));
+            error[r] -= scale[r] * ((float)q4_levels[code] + shift[r]);
         }
     }
     q4_pack(values, scale, shift, block);
+    kind_decode(e->kind, block, v.after);
+    loss_add(loss, &v, GROUP, n_rows, n);
 }
 
 /* Strips [first, first + n), n <= AT_ONCE, in TILES (n, columns, TILE_ROWS): the float kind's own
@@ -155,6 +163,8 @@ static void feedback_strips(struct encoding *e, size_t first, size_t n, float *r
     for (size_t s = 0; s < n; s++) {
         memset(rows, 0, tile * sizeof *rows);
         if (!strip_rows(e, first + s, rows)) return;
+        for (size_t i = 0; e->kind->rotated && i < tile; i += GROUP)
+            rotate_group(rows + i, ROTATED_WEIGHT);
         for (size_t c = 0; c < columns; c++)
             for (size_t r = 0; r < TILE_ROWS; r++)
                 tiles[s * tile + c * TILE_ROWS + r] = rows[r * columns + c];
@@ -208,6 +218,9 @@ int encode_check(const llama_tensor *t, size_t first, size_t n, const struct kin
         (n % TILE_ROWS && first + n != t->shape[0]))
         return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
                     first + n, (size_t)t->shape[0], TILE_ROWS);
+    if (kind->rotated && t->shape[1] % GROUP)
+        return fail("%s: %zu columns are no whole groups of %d to rotate", t->name,
+                    (size_t)t->shape[1], GROUP);
     if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
         return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
                     (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
@@ -226,7 +239,7 @@ int encode_rows(const struct tensor *tensor, size_t first, size_t n, const struc
     if (!e.losses) return fail("out of memory for quantising %s", tensor->is.name);
     struct pool *pool = pool_open(threads);
     if (!pool) return free(e.losses), -1;
-    if (factor && kind == kind_find(LLAMA_Q4)) pool_run(pool, strips, AT_ONCE, feedback_range, &e);
+    if (factor && is_q4(kind)) pool_run(pool, strips, AT_ONCE, feedback_range, &e);
     else pool_run(pool, strips, 1, encode_range, &e);
     pool_close(pool);
     *loss = (llama_loss){0};

@@ -211,6 +211,9 @@ static int read_record(struct file *f, size_t index) {
         t->is.shape[1] < 1 || t->is.shape[1] > most || (t->is.n_dims == 1 && t->is.shape[1] != 1))
         return fail("%s: %s has an impossible shape: %u dims (%llu, %llu)", f->path, name,
                     t->is.n_dims, (ull)t->is.shape[0], (ull)t->is.shape[1]);
+    if (t->kind->rotated && t->is.shape[1] % GROUP)
+        return fail("%s: %s has %llu columns, %s takes whole groups of %d", f->path, name,
+                    (ull)t->is.shape[1], t->kind->name, GROUP);
     if (t->is.n_dims == 1 && t->is.kind != LLAMA_F32)
         return fail("%s: %s is a vector of %s, expected f32", f->path, name, t->kind->name);
     uint64_t need = t->is.n_dims == 1 ? 4 * t->is.shape[0]
@@ -265,14 +268,14 @@ static int read_tensors(struct file *f) {
     f->tensors = calloc(f->n_tensors + 1, sizeof *f->tensors);
     f->by_name = calloc(f->n_tensors + 1, sizeof *f->by_name);
     if (!f->tensors || !f->by_name) return fail("%s: out of memory", f->path);
-    uint64_t weights_of[LLAMA_Q4 + 1] = {0}; // by kind
+    uint64_t weights_of[LLAMA_Q4R + 1] = {0}; // by kind
     for (size_t i = 0; i < f->n_tensors; i++) {
         if (read_record(f, i)) return -1;
         const llama_tensor *t = &f->tensors[i].is;
         f->config.weight_bytes += t->bytes;
         if (t->n_dims == 2) weights_of[t->kind] += t->shape[0] * t->shape[1];
     }
-    for (uint32_t k = 0; k <= LLAMA_Q4; k++)
+    for (uint32_t k = 0; k <= LLAMA_Q4R; k++)
         if (weights_of[k] > weights_of[f->config.kind]) f->config.kind = k;
     return check_directory(f);
 }

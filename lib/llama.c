@@ -137,9 +137,12 @@ int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t
     return encode_rows(&f->tensors[tensor], first, n, k, factor, threads, out, loss);
 }
 
-int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments) {
+int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int threads,
+                      float *moments) {
     if (!x || !moments || !columns) return fail("llama_add_moments: an argument is NULL or 0");
-    return n ? moments_add(x, n, columns, threads, moments) : 0;
+    if (rotated && columns % GROUP)
+        return fail("%zu columns are no whole groups of %d to rotate", columns, GROUP);
+    return n ? moments_add(x, n, columns, rotated, threads, moments) : 0;
 }
 
 int llama_factor_moments(float *moments, size_t columns, double damping, int threads) {
@@ -190,11 +193,12 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
     llama_session *s = calloc(1, sizeof *s);
     if (!s) return fail("out of memory for a session");
     const llama_config *c = &model->model.config;
+    const int usual = model_rotated(&model->model) ? 8 : 16;
     s->info = (llama_session_info){
         .device = backend->name,
         .max_seq_len = options->max_seq_len ? options->max_seq_len : c->max_seq_len,
         .page_positions = PAGE_POSITIONS,
-        .activations = options->activations ? options->activations : 16,
+        .activations = options->activations ? options->activations : usual,
     };
     if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
     s->backend = backend;

@@ -32,7 +32,9 @@ enum {
     LLAMA_F16 = 1,  // 16
     LLAMA_BF16 = 2, // 16
     LLAMA_Q8 = 3,   // 8.5: int8 codes, one f16 scale for 32 columns of a row
-    LLAMA_Q4 = 5    // 4.5: 4-bit codes of uneven levels, a scale and a shift for 32 columns
+    LLAMA_Q4 = 5,   // 4.5: 4-bit codes of uneven levels, a scale and a shift for 32 columns
+    LLAMA_Q8R = 6,  // q8 and q4 of weights whose groups of 32 columns are rotated, so that inputs
+    LLAMA_Q4R = 7   // rotated likewise meet them, whose codes lose less; whole groups only
 };
 
 enum {
@@ -135,17 +137,18 @@ typedef struct {
  * and OUT_BYTES is exactly what those rows take. THREADS as for a session; neither the bytes nor
  * the loss depend on it.
  * FACTOR (columns, columns), which llama_factor_moments made of what the matrix is multiplied
- * with, or NULL: q4 then lets each column make up for the errors of those before it; other kinds
- * do not look at it. Each weight's own error grows by that, and that of the products shrinks.
+ * with, or NULL: q4 and q4r then let each column make up for the errors of those before it; other
+ * kinds do not look at it. Each weight's own error grows by that, and that of the products shrinks.
  * A weight that is not finite, or too large for the kind, is an error that names its place. */
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
                    const float *factor, int threads, void *out, size_t out_bytes,
                    llama_loss *loss);
 
-/* MOMENTS += X^T X for N inputs x (n, columns) of a matrix. Of MOMENTS (columns, columns), which
- * begin as zeros, only the lower triangle is written or read, here and below. The sums are the
- * same for any number of threads. */
-int llama_add_moments(const float *x, size_t n, size_t columns, int threads, float *moments);
+/* MOMENTS += X^T X for N inputs x (n, columns) of a matrix; with ROTATED not 0, as rotated kinds
+ * meet them. Of MOMENTS (columns, columns), which begin as zeros, only the lower triangle is
+ * written or read, here and below. The sums are the same for any number of threads. */
+int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int threads,
+                      float *moments);
 /* Factors H, the moments with DAMPING (0 to 1) times their mean diagonal added to the diagonal:
  * H = F^T D F, F lower triangular with ones on its diagonal, where D takes their place. With E
  * the errors of a row, F's row i says what those before column i ask of it, and D how much its own
@@ -159,7 +162,8 @@ typedef struct {
     int kv_kind;          // LLAMA_F32; LLAMA_F16, which holds keys and values up to 65,504; or
                           // LLAMA_Q8: int8 codes, an f32 scale for each position, head and layer;
                           // -1: f32 for an f32 file, f16 otherwise
-    int activations;      // bits of what meets quantised weights: 8, or 16 in two passes; 0: 16
+    int activations;      // bits of what meets quantised weights, but for the head's, which is 16:
+                          // 8, or 16 in two passes; 0: 8 if they are rotated, 16 if not
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
                           // than that, up to 2^24, is allowed: it was not trained for it
 } llama_session_options;

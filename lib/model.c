@@ -96,6 +96,20 @@ void model_close(struct model *m) {
     memset(m, 0, sizeof *m);
 }
 
+int model_rotated(const struct model *m) {
+    int rotated = 0;
+    for (uint32_t n = 0; n < m->config.n_layers; n++) {
+        const struct layer *l = &m->layers[n];
+        const struct kind *kinds[] = {l->wq.kind, l->wk.kind, l->wv.kind, l->wo.kind,
+                                      l->w1.kind, l->w3.kind, l->w2.kind};
+        for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+            if (kinds[i]->columns > 1 && !kinds[i]->rotated) return 0;
+            rotated |= kinds[i]->rotated;
+        }
+    }
+    return rotated;
+}
+
 int model_layer(const struct model *model, uint32_t number, const uint32_t *kinds,
                 const void *const *blocks, struct layer *layer) {
     if (number >= model->config.n_layers)

@@ -36,6 +36,8 @@ struct model {
 /* 0, or -1 with the reason; model_close is right after either. */
 int model_open(struct model *model, const char *path);
 void model_close(struct model *model);
+/* Whether all quantised matrices of the layers, and there are some, are of rotated kinds. */
+int model_rotated(const struct model *model);
 /* Layer NUMBER, with BLOCKS of KINDS in the place of those matrices (wq, wk, wv, wo, w1, w3, w2)
  * for which they are not NULL. */
 int model_layer(const struct model *model, uint32_t number, const uint32_t *kinds,

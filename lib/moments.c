@@ -9,6 +9,7 @@
 #include "error.h"
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { TILE = 64 }; // rows and columns of a tile: four strips
 
@@ -59,20 +60,23 @@ static void add_range(void *context, size_t first, size_t last) {
     }
 }
 
-int moments_add(const float *x, size_t n, size_t columns, int threads, float *moments) {
+int moments_add(const float *x, size_t n, size_t columns, int rotated, int threads,
+                float *moments) {
     const size_t strips = (columns + TILE_ROWS - 1) / TILE_ROWS;
     float *turned = make(columns * n * sizeof *turned); // (columns, n)
     float *packed = make(strips * TILE_ROWS * n * sizeof *packed);
     struct pool *pool = turned && packed ? pool_open(threads) : NULL;
     if (pool) {
-        for (size_t s = 0; s < strips; s++)
-            for (size_t t = 0; t < n; t++)
-                for (size_t r = 0; r < TILE_ROWS; r++) {
-                    const size_t c = s * TILE_ROWS + r;
-                    const float value = c < columns ? x[t * columns + c] : 0;
-                    packed[(s * n + t) * TILE_ROWS + r] = value;
-                    if (c < columns) turned[c * n + t] = value;
-                }
+        for (size_t c = 0; c < columns; c += GROUP)
+            for (size_t t = 0; t < n; t++) {
+                float group[GROUP] = {0};
+                memcpy(group, x + t * columns + c, at_most(GROUP, columns - c) * sizeof *group);
+                if (rotated) rotate_group(group, ROTATED_INPUT);
+                for (size_t i = 0; i < at_most(GROUP, columns - c); i++)
+                    turned[(c + i) * n + t] = group[i];
+                for (size_t i = 0; i < GROUP && (c + i) / TILE_ROWS < strips; i++)
+                    packed[((c + i) / TILE_ROWS * n + t) * TILE_ROWS + i % TILE_ROWS] = group[i];
+            }
         struct work w = {.kernels = kernels_find(NULL), .moments = moments, .columns = columns,
                          .x = turned, .length = n, .x_stride = n, .strips = packed};
         pool_run(pool, (columns + TILE - 1) / TILE, 1, add_range, &w);

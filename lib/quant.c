@@ -166,16 +166,62 @@ static void encode_q4(const float *values, void *block) {
     q4_pack(turned, scale, shift, block);
 }
 
+// ---- rotated
+
+void rotate_group(float *x, float size) {
+    for (int h = 1; h < GROUP; h *= 2)
+        for (int j = 0; j < GROUP; j++)
+            if (!(j & h)) {
+                const float a = x[j], b = x[j + h];
+                x[j] = a + b;
+                x[j + h] = a - b;
+            }
+    for (int j = 0; j < GROUP; j++) x[j] *= size;
+}
+
+static void decode_row_q8r(const void *block, uint32_t row, float *values) {
+    decode_row_q8(block, row, values);
+    rotate_group(values, ROTATED_INPUT);
+}
+
+static void decode_row_q4r(const void *block, uint32_t row, float *values) {
+    decode_row_q4(block, row, values);
+    rotate_group(values, ROTATED_INPUT);
+}
+
+static void rotate_rows(const float *values, float rotated[TILE_ROWS * GROUP]) {
+    memcpy(rotated, values, TILE_ROWS * GROUP * sizeof *rotated);
+    for (int r = 0; r < TILE_ROWS; r++) rotate_group(rotated + r * GROUP, ROTATED_WEIGHT);
+}
+
+static void encode_q8r(const float *values, void *block) {
+    float rotated[TILE_ROWS * GROUP];
+    rotate_rows(values, rotated);
+    encode_q8(rotated, block);
+}
+
+static void encode_q4r(const float *values, void *block) {
+    float rotated[TILE_ROWS * GROUP];
+    rotate_rows(values, rotated);
+    encode_q4(rotated, block);
+}
+
 // ---- the table
+
+enum { Q8_BYTES = sizeof(struct block_q8), Q4_BYTES = sizeof(struct block_q4) };
+#define Q8_LIMIT (127 * 65504.0f)
+#define Q4_LIMIT (107 * Q4_MOST_SCALE)
+#define ROTATED_MOST (GROUP * ROTATED_WEIGHT) // what rotation makes of 32 weights of 1, at most
 
 static const struct kind kinds[] = {
     // by their numbers in llama.h; 4 was a kind of 16 equal steps
-    {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32},
-    {"f16", 1, 32, 65504, decode_row_f16, encode_f16},
-    {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16},
-    {"q8", GROUP, sizeof(struct block_q8), 127 * 65504.0f, decode_row_q8, encode_q8},
-    [LLAMA_Q4] = {"q4", GROUP, sizeof(struct block_q4), 107 * Q4_MOST_SCALE, decode_row_q4,
-                  encode_q4},
+    {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32, 0},
+    {"f16", 1, 32, 65504, decode_row_f16, encode_f16, 0},
+    {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16, 0},
+    {"q8", GROUP, Q8_BYTES, Q8_LIMIT, decode_row_q8, encode_q8, 0},
+    [LLAMA_Q4] = {"q4", GROUP, Q4_BYTES, Q4_LIMIT, decode_row_q4, encode_q4, 0},
+    {"q8r", GROUP, Q8_BYTES, Q8_LIMIT / ROTATED_MOST, decode_row_q8r, encode_q8r, 1},
+    {"q4r", GROUP, Q4_BYTES, Q4_LIMIT / ROTATED_MOST, decode_row_q4r, encode_q4r, 1},
 };
 
 const struct kind *kind_find(uint32_t kind) {

@@ -43,6 +43,13 @@ static const float q4_middles[15] = {-114,  -90.5f, -71.5f, -55.5f, -41, -28,   
 enum { Q4_SCALE_BITS = 0xffc0, Q4_SHIFT_BITS = 0x3f, Q4_LEAST_SHIFT = -64, Q4_MOST_SHIFT = 62 };
 static inline int q4_shift(uint16_t d) { return 2 * (d & Q4_SHIFT_BITS) + Q4_LEAST_SHIFT; }
 
+/* Rotated kinds, q8r and q4r: the same blocks, of weights whose groups were turned by a Hadamard
+ * matrix H, which is orthogonal but for its size: w' = H w / 8 meets x' = H x / 4, and
+ * w' x' = w x. Each element of x' holds something of all 32, so a single large one no longer
+ * makes the codes of the others coarse (arXiv:2404.00456; here inside a group). */
+#define ROTATED_WEIGHT 0.125f
+#define ROTATED_INPUT 0.25f
+
 struct kind {
     const char *name;      // "q8"
     uint32_t columns;      // columns that one block covers
@@ -50,7 +57,12 @@ struct kind {
     float limit;           // largest |weight| the kind can hold
     void (*decode_row)(const void *block, uint32_t row, float *values); // values (columns)
     void (*encode)(const float *values, void *block); // values (TILE_ROWS, columns), finite
+    int rotated;           // decode_row gives, and encode takes, plain weights even so
 };
+
+/* Turns GROUP numbers by H and multiplies them by SIZE: for h = 1, 2, 4, 8, 16 a pair (x[j],
+ * x[j + h]) becomes its sum and its difference. H is its own inverse but for 1 / GROUP. */
+void rotate_group(float *x, float size);
 
 /* Packs one block: values (GROUP, TILE_ROWS), column by column, scale (TILE_ROWS) as fit.h finds it
  * with f16's precision. Each weight gets the nearest code. */

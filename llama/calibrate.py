@@ -17,6 +17,7 @@ import numpy as np
 from llama.config import Head
 from llama.engine import Engine, Floats, Model
 from llama.errors import LlamaError
+from llama.quant import GROUP
 from llama.sampling import SamplingParams
 from llama.stages import END, HEAD, Blocks, add_moments, factor_moments, run_stage
 from llama.tokenizer import open_tokenizer
@@ -118,15 +119,16 @@ class Calibration:
     """A model and texts that go through it. A context manager.
 
     TEXTS are token ids, each read by itself from position 0. The moments, and so all that is
-    encoded by them, are the same for any number of threads.
+    encoded by them, are the same for any number of threads. ROTATED: matrices of whole groups are
+    encoded in rotated kinds, so their moments are those of rotated inputs.
     """
 
     def __init__(
         self, source: str | os.PathLike[str], texts: Sequence[Sequence[int]],
-        threads: int | None = None,
+        threads: int | None = None, rotated: bool = False,
     ) -> None:  # fmt: skip
         longest = max(map(len, texts))
-        self.threads, self.next_layer = threads, 0
+        self.threads, self.rotated, self.next_layer = threads, rotated, 0
         self._engine = Engine(source, threads=threads, kv="f32", max_seq_len=longest)
         self.n_layers = self._engine.config.n_layers
         index = [t.name for t in self._engine.model.tensors].index("tok_embeddings.weight")
@@ -175,6 +177,6 @@ class Calibration:
             raise LlamaError(f"{name}: calibration gives it inputs that are not finite")
         moments = np.zeros((columns, columns), np.float32)
         for x in inputs:
-            add_moments(moments, x, self.threads)
+            add_moments(moments, x, self.threads, self.rotated and columns % GROUP == 0)
         factor_moments(moments, DAMPING, self.threads)
         return moments

@@ -132,7 +132,8 @@ def add_model_flags(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--activations", type=int, metavar="BITS",
-        help="what meets quantised weights: 16 bits (default), or 8: faster prompts, less exact",
+        help="what meets quantised weights: 16 bits, or 8: faster prompts, less exact (default: 8 "
+        "for rotated weights, which lose little by it, else 16)",
     )  # fmt: skip
     group.add_argument(
         "--isa", metavar="NAME", help="the CPU kernels (default: the best there are)"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from llama.config import MAX_EOS, ROPE_COUNTS, Config, Head, Rope, expected_tensors
 from llama.errors import LlamaError
-from llama.quant import TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
+from llama.quant import GROUP, TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
 
 __all__ = ["Bin", "Config", "Head", "Record", "Required", "Rope", "Tensors", "TokenizerKind",
            "Writer", "expected_tensors", "read"]  # fmt: skip
@@ -168,6 +168,9 @@ class Writer:
                 raise LlamaError(f"{record.name}: a tensor name is 1 to 63 bytes long")
             if len(record.shape) == 1 and record.kind != Kind.F32:
                 raise LlamaError(f"{record.name}: a vector must be f32, not {record.kind.label}")
+            if record.kind.rotated and record.columns % GROUP:
+                raise LlamaError(f"{record.name}: {record.columns} columns are no whole groups of "
+                                 f"{GROUP} to rotate")  # fmt: skip
             record.offset, record.n_bytes, record.crc32 = end, record.size(), 0
             end = _align(end + record.n_bytes)
         self.file_bytes = end
@@ -449,6 +452,7 @@ def _unpack_records(
             and (n_dims == 2 or (columns == 1 and kind == Kind.F32))
             and 1 <= rows <= 2**24
             and 1 <= columns <= 2**24
+            and not (Kind(kind).rotated and columns % GROUP)
             and raw[-1] == 0
             and len(name) > 0
             and name not in records

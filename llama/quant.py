@@ -31,11 +31,18 @@ class Kind(IntEnum):
     BF16 = 2
     Q8 = 3
     Q4 = 5
+    Q8R = 6
+    Q4R = 7
 
     @property
     def label(self) -> str:
         """The name people type: "f32", "q8"."""
         return self.name.lower()
+
+    @property
+    def rotated(self) -> bool:
+        """Whether groups of GROUP columns are turned by a Hadamard matrix."""
+        return self in (Kind.Q8R, Kind.Q4R)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ LAYOUTS = {
     Kind.BF16: Layout(1, 2 * TILE_ROWS),
     Kind.Q8: Layout(GROUP, 544),
     Kind.Q4: Layout(GROUP, 288),
+    Kind.Q8R: Layout(GROUP, 544),
+    Kind.Q4R: Layout(GROUP, 288),
 }
 # What a float kind is held as in numpy.
 STORED: dict[Kind, np.dtype[Any]] = {
@@ -64,6 +73,11 @@ STORED: dict[Kind, np.dtype[Any]] = {
 # q4's, as in lib/quant.h
 Q4_LEVELS = np.array(
     [-127, -101, -80, -63, -48, -34, -22, -10, 2, 13, 26, 38, 53, 68, 85, 107], np.int16
+)
+
+# of rotated kinds: +1 where row & column have an even number of ones
+HADAMARD = np.array(
+    [[1 - 2 * ((i & j).bit_count() & 1) for j in range(GROUP)] for i in range(GROUP)], np.float32
 )
 
 
@@ -133,7 +147,7 @@ def untile(data: Array, kind: Kind, rows: int, columns: int) -> NDArray[np.float
     blocks = data.reshape(strips, -1, LAYOUTS[kind].block_bytes)
     d = np.ascontiguousarray(blocks[:, :, : 2 * TILE_ROWS]).view("<u2")
     codes = np.ascontiguousarray(blocks[:, :, 2 * TILE_ROWS :])
-    if kind == Kind.Q8:
+    if kind in (Kind.Q8, Kind.Q8R):
         # i8 q[c / 4][r][c mod 4]
         signed = codes.view(np.int8).reshape(strips, -1, GROUP // 4, TILE_ROWS, 4)
         by_row: Array = signed.transpose(0, 1, 3, 2, 4).reshape(strips, -1, TILE_ROWS, GROUP)
@@ -146,5 +160,7 @@ def untile(data: Array, kind: Kind, rows: int, columns: int) -> NDArray[np.float
         by_row = levels + 2 * ((d & 63).astype(np.int16) - 32)[..., None]
         scales = (d & 0xFFC0).view("<f2").astype(np.float32) * np.float32(1 / 64)
     values = by_row * scales[..., None]  # (strips, blocks, 16, 32)
+    if kind.rotated:  # the sums are exact: they share a scale
+        values = values @ (HADAMARD * np.float32(0.25))
     values = values.transpose(0, 2, 1, 3).reshape(strips * TILE_ROWS, -1)
     return np.ascontiguousarray(values[:rows, :columns], dtype=np.float32)

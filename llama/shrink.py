@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama import golden
+from llama import golden, rotation
 from llama.calibrate import Calibration, hold_out, texts_of
 from llama.cli import say
 from llama.distance import Deviation, Distance, measure
@@ -144,13 +144,14 @@ def calibration_of(bits: int, text: str | None, tokens: int | None) -> Calibrate
 
 def shrink(
     source: Path, out: Path, bits: int, *, force: bool = False, threads: int | None = None,
-    calibrate: Calibrate | None = None, command: str = "",
+    calibrate: Calibrate | None = None, rotate: bool | None = None, command: str = "",
 ) -> Receipt:  # fmt: skip
     """Writes SOURCE in BITS (8 or 4, or 32 to decode it) bits as OUT; a person follows along on
     standard error.
 
-    CALIBRATE None: each weight becomes the nearest level; 8 bits know nothing else. COMMAND is
-    noted in the receipt. Raises LlamaError; then, and on Ctrl-C, nothing is left of OUT.
+    CALIBRATE None: each weight becomes the nearest level; 8 bits know nothing else. ROTATE None:
+    where it costs nothing (rotation.py). COMMAND is noted in the receipt. Raises LlamaError; then,
+    and on Ctrl-C, nothing is left of OUT.
     """
     with Model(source) as model:
         tensors = model.tensors
@@ -158,6 +159,8 @@ def shrink(
         if all(r.kind == t.kind for r, t in zip(records, tensors, strict=True)):
             above = f", not above {bits} bits" if bits < 32 else ""
             raise LlamaError(f"{source}: is in {model.config.dtype} already{above}")
+        if rotate or (rotate is None and rotation.pays(model, records, threads)):
+            records = rotation.rotated(records)
         receipt = Receipt(source.name, bits, model.config.file_bytes, 0, 0.0, {},
                           source_sha256=model.fingerprint.hex(), command=command)  # fmt: skip
         name, data = model.tokenizer
@@ -173,7 +176,10 @@ def shrink(
             if calibrate is not None and bits == 4:
                 texts, held_out = _texts(source, calibrate, receipt, threads)
                 if texts:
-                    calibration = stack.enter_context(Calibration(source, texts, threads))
+                    rotated = any(record.kind.rotated for record in records)
+                    calibration = stack.enter_context(
+                        Calibration(source, texts, threads, rotated)
+                    )
                 else:
                     say("not calibrated: only a language model writes texts; --calibrate FILE")
             _Work(model, writer, receipt, threads, calibration).convert()

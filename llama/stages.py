@@ -47,13 +47,15 @@ def run_stage(
     return inputs
 
 
-def add_moments(moments: Floats, x: Floats, threads: int | None = None) -> None:
-    """MOMENTS (columns, columns), zeros at first, += x^T x for inputs X (n, columns); only the
-    lower triangle."""
+def add_moments(
+    moments: Floats, x: Floats, threads: int | None = None, rotated: bool = False
+) -> None:
+    """MOMENTS (columns, columns), zeros at first, += x^T x for inputs X (n, columns), ROTATED as
+    rotated kinds meet them; only the lower triangle."""
     n, columns = x.shape
     if moments.shape != (columns, columns):
         raise LlamaError(f"moments of {columns} columns: found shape {moments.shape}")
-    check(lib.llama_add_moments(ffi.from_buffer("float[]", x), n, columns, threads or 0,
+    check(lib.llama_add_moments(ffi.from_buffer("float[]", x), n, columns, rotated, threads or 0,
                                 ffi.from_buffer("float[]", moments)))  # fmt: skip
 
 

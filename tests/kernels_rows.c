@@ -169,6 +169,36 @@ static void test_hadamard(size_t n, int scene) {
     }
 }
 
+/* Against the matrix itself, and back to where it came from. */
+static void test_rotate_row(size_t n, int scene) {
+    const float *x = make_row(n, scene);
+    float *first = guarded(n * sizeof *first);
+    sets[n_sets - 1]->rotate_row(first, x, n);
+    for (size_t s = 0; s < n_sets; s++) {
+        float *turned = guarded(n * sizeof *turned);
+        size_t wrong = 0;
+        sets[s]->rotate_row(turned, x, n);
+        for (size_t i = 0; i < n && scene < 5; i++) {
+            double sum = 0, size = 0;
+            for (size_t j = i / GROUP * GROUP, end = j + GROUP; j < end; j++) {
+                sum += __builtin_parityll(i & j & (GROUP - 1)) ? -(double)x[j] : x[j];
+                size += fabs((double)x[j]);
+            }
+            wrong += !near(sum * 0.25, turned[i], size * 1e-6);
+        }
+        for (size_t i = 0; i < n; i += GROUP) {
+            float back[GROUP], size = 0;
+            memcpy(back, turned + i, sizeof back);
+            rotate_group(back, ROTATED_WEIGHT);
+            for (size_t j = 0; j < GROUP; j++) size += fabsf(x[i + j]);
+            for (size_t j = 0; j < GROUP && scene < 5; j++)
+                wrong += !near(x[i + j], back[j], size * 1e-6f);
+        }
+        check(wrong == 0, "%s rotate_row %zu, scene %d: %zu off", sets[s]->isa, n, scene, wrong);
+        same(sets[s]->isa, "rotate_row", first, turned, n);
+    }
+}
+
 void test_rows(void) {
     for (int i = 0; i < N_LENGTHS; i++)
         for (int scene = 0; scene < N_ROW_SCENES; scene++) {
@@ -183,6 +213,7 @@ void test_rows(void) {
             release_all();
             test_to_q8(lengths[i], scene % 2 ? 1 : 16, scene);
             test_hadamard(lengths[i], scene);
+            if (lengths[i] % GROUP == 0) test_rotate_row(lengths[i], scene);
             release_all();
         }
 }

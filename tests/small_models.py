@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llama.format import Bin, Config, Head, Record, Rope, Writer, expected_tensors
-from llama.quant import Kind, matrix_bytes
+from llama.quant import GROUP, Kind
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 HF_LAYERS = {
@@ -218,27 +218,36 @@ def write_bin(
 
 
 def quantized(path: Path, out: Path, kind: Kind) -> Path:
-    """PATH with its matrices in KIND, encoded by the library in one piece."""
+    """PATH with its matrices in KIND, encoded by the library in one piece; those that cannot be
+    rotated in its plain twin."""
     from llama.engine import Model
+    from llama.rotation import ROTATED
+
+    plain = {rotated: plain for plain, rotated in ROTATED.items()}.get(kind, kind)
 
     with Model(path) as model:
         shape = Config(**{name: getattr(model.config, name) for name in Config.__match_args__})
         records = [
-            Record(t.name, kind if len(t.shape) == 2 else Kind.F32, t.shape) for t in model.tensors
-        ]
+            Record(t.name, Kind.F32 if len(t.shape) == 1 else plain if t.shape[1] % GROUP else kind,
+                   t.shape)
+            for t in model.tensors
+        ]  # fmt: skip
         with Writer(out, shape, records) as writer:
             for i, record in enumerate(records):
                 if len(record.shape) == 1:
                     writer.write(record.name, model.rows(i))
                     continue
-                size = matrix_bytes(kind, record.rows, record.columns)
-                blocks, _ = model.quantize(i, 0, record.rows, kind, size)
+                blocks, _ = model.quantize(i, 0, record.rows, record.kind, record.size())
                 writer.write(record.name, blocks)
     return out
 
 
 def of_kind(folder: Path, shape: Config, kind: Kind, seed: int = 0) -> Path:
-    """A .bin of random weights in FOLDER, of any kind."""
+    """A .bin of random weights in FOLDER, of any kind; for rotated ones dim and hidden_dim are
+    rounded up to whole groups."""
+    if kind.rotated:
+        shape = replace(shape, dim=-(-shape.dim // GROUP) * GROUP,
+                        hidden_dim=-(-shape.hidden_dim // GROUP) * GROUP)  # fmt: skip
     path = folder / f"{kind.label}-{seed}.bin"
     if kind in (Kind.F32, Kind.F16, Kind.BF16):
         return write_bin(path, shape, seed, kind)

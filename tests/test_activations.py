@@ -6,6 +6,7 @@ activations' rounding differs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def logits(path: Path, **options: object) -> np.ndarray:
 
 # The errors seen when this was written: 1.2e-4 and 2.9e-2 of the largest logit.
 @pytest.mark.parametrize(("bits", "bound"), [(16, 4e-4), (8, 8e-2)])
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R])
 def test_distance_from_exact(tmp_path: Path, kind: Kind, bits: int, bound: float) -> None:
     path = small_models.of_kind(tmp_path, SHAPE, kind)
     exact = logits(decoded(path, tmp_path / "exact.bin"))
@@ -55,7 +56,7 @@ def test_distance_from_exact(tmp_path: Path, kind: Kind, bits: int, bound: float
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R])
 def test_identical_everywhere(tmp_path: Path, kind: Kind, bits: int) -> None:
     """Any ISA, any threads, whole or token by token."""
     path = small_models.of_kind(tmp_path, SHAPE, kind)
@@ -68,9 +69,15 @@ def test_identical_everywhere(tmp_path: Path, kind: Kind, bits: int) -> None:
             assert row is not None and np.array_equal(row[0], first[i])
 
 
-def test_default_is_16(tmp_path: Path) -> None:
-    path = small_models.of_kind(tmp_path, SHAPE, Kind.Q8)
-    with Engine(path) as engine:
-        assert engine.info().activations == 16
+def test_the_default(tmp_path: Path) -> None:
+    """16 bits, and 8 where every layer's matrices are rotated."""
+    whole = small_models.config(dim=64, hidden_dim=96, head_dim=32, n_heads=2, n_kv_heads=2)
+    for seed, (kind, shape, bits) in enumerate([
+        (Kind.Q8, SHAPE, 16), (Kind.Q4R, whole, 8), (Kind.Q8R, whole, 8), (Kind.Q4, whole, 16),
+        (Kind.Q8R, replace(whole, head_dim=10), 16), (Kind.F16, whole, 16),
+    ]):  # fmt: skip
+        path = small_models.of_kind(tmp_path, shape, kind, seed)
+        with Engine(path) as engine:
+            assert engine.info().activations == bits
     with pytest.raises(LlamaError, match="activations is 4, expected 8 or 16"):
         Engine(path, activations=4)

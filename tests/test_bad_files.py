@@ -407,6 +407,7 @@ def name64(text: bytes) -> bytes:
         (64, "I", 2**32 - 1, "made by an older version, quantize again"),
         (64, "I", 1, "tok_embeddings.weight has 1280 bytes, its shape needs 640"),
         (64, "I", 5, "its shape needs 576"),
+        (64, "I", 6, "tok_embeddings.weight has 10 columns, q8r takes whole groups of 32"),
         (68, "I", 0, "impossible shape: 0 dims"),
         (68, "I", 3, "impossible shape: 3 dims"),
         (68, "I", 1, "impossible shape: 1 dims (19, 10)"),

@@ -21,7 +21,7 @@ from llama.config import Config, Head, Rope
 from llama.distance import Deviation, Distance, measure
 from llama.engine import Model
 from llama.errors import LlamaError
-from llama.quant import Kind, matrix_bytes, tile, untile
+from llama.quant import HADAMARD, Kind, matrix_bytes, tile, untile
 from llama.shrink import Calibrate, read_receipt, shrink
 from llama.stages import add_moments, aligned, factor_moments
 
@@ -187,6 +187,39 @@ def test_blocks_for_any_threads_and_chunks(tmp_path: Path) -> None:
         size = matrix_bytes(Kind.Q4, n, 70)
         parts += one.model.quantize(one.index, first, n, Kind.Q4, size, None, factor)[0]
     assert parts == whole
+
+
+def test_rotated_moments() -> None:
+    """Those of inputs that numpy turned; half a group cannot be turned."""
+    x = inputs(300, 96)
+    turned = (x.reshape(-1, 32).astype(np.float64) @ HADAMARD / 4).reshape(x.shape)
+    moments = np.zeros((96, 96), np.float32)
+    add_moments(moments, x, rotated=True)
+    expected = np.tril(turned.T @ turned)
+    assert np.abs(np.tril(moments) - expected).max() < 1e-5 * np.abs(expected).max()
+    with pytest.raises(LlamaError, match="80 columns are no whole groups of 32"):
+        add_moments(np.zeros((80, 80), np.float32), inputs(10, 80), rotated=True)
+
+
+def test_rotated_feedback_is_that_of_rotated_weights(tmp_path: Path) -> None:
+    """Weights that numpy turned, in q4, are the same blocks as the weights in q4r."""
+    weights = RNG(1).integers(-99, 99, (40, 96)).astype(np.float32) / 512  # exact when turned
+    turned = (weights.reshape(-1, 32) @ HADAMARD / 8).reshape(weights.shape)
+    factor = np.zeros((96, 96), np.float32)
+    add_moments(factor, inputs(300, 96), rotated=True)
+    factor_moments(factor, 0.01)
+    blocks = []
+    for name, rows, kind in (("a", weights, Kind.Q4R), ("b", turned, Kind.Q4)):
+        (tmp_path / name).mkdir()
+        one = One(tmp_path / name, rows)
+        data, loss = one.model.quantize(one.index, 0, 40, kind, matrix_bytes(kind, 40, 96), 2,
+                                        factor)  # fmt: skip
+        values = untile(np.frombuffer(bytes(data), np.uint8), kind, 40, 96)
+        error = values.astype(np.float64) - rows
+        assert loss.max_error == pytest.approx(np.abs(error).max(), rel=1e-4)
+        assert loss.sum_squared_error == pytest.approx(np.square(error).sum(), rel=1e-4)
+        blocks.append(bytes(data))
+    assert blocks[0] == blocks[1]
 
 
 def test_factor_of_another_size(tmp_path: Path) -> None:

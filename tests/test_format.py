@@ -79,10 +79,12 @@ def test_f32_weight_stands_where_the_document_says() -> None:
 
 
 @settings(max_examples=20)
-@given(st.sampled_from([Kind.Q8, Kind.Q4]), st.integers(1, 34), st.integers(1, 70))
+@given(st.sampled_from([k for k in Kind if k >= Kind.Q8]), st.integers(1, 34), st.integers(1, 70))
 def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int) -> None:
+    q8 = kind in (Kind.Q8, Kind.Q8R)
+    columns = -(-columns // 32) * 32 if kind.rotated else columns
     random = np.random.default_rng(rows * 100 + columns)
-    size = 544 if kind == Kind.Q8 else 288
+    size = 544 if q8 else 288
     blocks = -(-columns // 32)
     data = random.integers(0, 256, (-(-rows // 16), blocks, size), np.uint8)
     scales = random.standard_normal((*data.shape[:2], 16)).astype("<f2")
@@ -90,18 +92,25 @@ def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int)
     found = untile(data.reshape(-1), kind, rows, columns)
     drawn = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
     levels = [int(word) for word in re.findall(r"code 0 to 15, are ([-\d ]+)\.", drawn)[0].split()]
+    stored = np.empty((rows, columns), np.float32)
     for r in range(rows):
         for column in range(columns):
             block, c = data[r // 16, column // 32].tobytes(), column % 32
             (bits,) = struct.unpack_from("<H", block, 2 * (r % 16))
-            if kind == Kind.Q8:
+            if q8:
                 (code,) = struct.unpack_from("<b", block, 32 + (c // 4 * 16 + r % 16) * 4 + c % 4)
                 scale = struct.unpack("<e", struct.pack("<H", bits))[0]
             else:
                 byte = block[32 + (c % 16 // 4 * 16 + r % 16) * 4 + c % 4]
                 code = levels[byte & 15 if c < 16 else byte >> 4] + ((bits & 63) - 32) * 2
                 scale = struct.unpack("<e", struct.pack("<H", bits >> 6 << 6))[0] / 64
-            assert found[r, column] == np.float32(scale) * np.float32(code)
+            stored[r, column] = np.float32(scale) * np.float32(code)
+    if kind.rotated:
+        turn = np.array([[0.25]])
+        for _ in range(5):  # Sylvester's construction
+            turn = np.kron([[1, 1], [1, -1]], turn)
+        stored = (stored.reshape(rows, -1, 32).astype(np.float64) @ turn).reshape(rows, columns)
+    assert np.array_equal(found, stored)
 
 
 @settings(deadline=None)

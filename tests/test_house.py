@@ -78,9 +78,10 @@ MAY_IMPORT = {
     "golden": {"config", "engine", "format", "tokenizer"},
     "selftest": {"config", "distance", "engine", "golden", "quant", "shrink"},
     "stages": {"_lib", "engine", "quant"},
-    "calibrate": {"config", "engine", "sampling", "stages", "tokenizer"},
+    "calibrate": {"config", "engine", "quant", "sampling", "stages", "tokenizer"},
+    "rotation": {"engine", "format", "quant"},
     "info": {"config", "engine", "golden", "shrink", "tokenizer"},
-    "shrink": {"calibrate", "cli", "distance", "engine", "format", "golden", "quant",
+    "shrink": {"calibrate", "cli", "distance", "engine", "format", "golden", "quant", "rotation",
                "stages"},
     "__init__": {"generate", "infill", "request", "sampling"},
 }

@@ -31,7 +31,7 @@ SHAPE = small_models.config(
 )  # fmt: skip
 PAGE = 32
 # And activations' bits, and how keys and values are kept.
-KINDS = [(kind, 16, None) for kind in Kind] + [(Kind.Q8, 8, None), (Kind.Q4, 8, "q8")]
+KINDS = [(kind, 16, None) for kind in Kind] + [(Kind.Q8, 8, None), (Kind.Q4R, 8, "q8")]
 slow = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 

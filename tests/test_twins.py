@@ -66,11 +66,11 @@ def test_c_reads_what_python_writes(tmp_path: Path, kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_python_decodes_what_c_encodes(tmp_path: Path, kind: Kind) -> None:
-    config = Config(37, 50, 70, 6, 1, 4, 2, 9, 1e-5, 1e4)
+    config = Config(37, 50, 64, 6, 1, 4, 2, 9, 1e-5, 1e4)
     arrays = test_format.write(tmp_path / "a.bin", config)
     with opened(tmp_path / "a.bin") as model:
         for index, array in enumerate(arrays.values()):
-            if array.ndim == 1:
+            if array.ndim == 1 or (kind.rotated and array.shape[1] % 32):
                 continue
             data = np.empty(matrix_bytes(kind, *array.shape), np.uint8)
             loss = ffi.new("llama_loss *")

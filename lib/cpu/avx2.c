@@ -265,6 +265,32 @@ static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t 
     }
 }
 
+INLINE __m256 rotate8(__m256 v) {
+    __m256 p = _mm256_permute_ps(v, 0xb1); // each lane's partner
+    v = _mm256_blend_ps(_mm256_add_ps(p, v), _mm256_sub_ps(p, v), 0xaa);
+    p = _mm256_permute_ps(v, 0x4e);
+    v = _mm256_blend_ps(_mm256_add_ps(p, v), _mm256_sub_ps(p, v), 0xcc);
+    p = _mm256_permute2f128_ps(v, v, 1);
+    return _mm256_blend_ps(_mm256_add_ps(p, v), _mm256_sub_ps(p, v), 0xf0);
+}
+
+static void rotate_row(float *out, const float *x, size_t n) {
+    const __m256 size = broadcast(ROTATED_INPUT);
+    for (size_t i = 0; i < n; i += GROUP) {
+        __m256 v[4];
+        UNROLL for (int j = 0; j < 4; j++) v[j] = rotate8(_mm256_loadu_ps(x + i + 8 * j));
+        for (int h = 1; h < 4; h *= 2)
+            UNROLL for (int j = 0; j < 4; j++)
+                if (!(j & h)) {
+                    const __m256 a = v[j], b = v[j + h];
+                    v[j] = _mm256_add_ps(a, b);
+                    v[j + h] = _mm256_sub_ps(a, b);
+                }
+        UNROLL for (int j = 0; j < 4; j++)
+            _mm256_storeu_ps(out + i + 8 * j, _mm256_mul_ps(v[j], size));
+    }
+}
+
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     __m256 low = broadcast(0), high = low;
     for (size_t i = 0; i < n; i += 16) {

@@ -204,6 +204,27 @@ static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t 
     }
 }
 
+/* Pairs whose members PARTNER brought together; those of MASK are the second ones. */
+INLINE __m512 pair(__m512 v, __m512 partner, __mmask16 mask) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(partner, v), mask, partner, v);
+}
+
+INLINE __m512 rotate16(__m512 v) {
+    v = pair(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
+    v = pair(v, _mm512_permute_ps(v, 0x4e), 0xcccc);
+    v = pair(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
+    return pair(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+}
+
+static void rotate_row(float *out, const float *x, size_t n) {
+    const __m512 size = _mm512_set1_ps(ROTATED_INPUT);
+    for (size_t i = 0; i < n; i += GROUP) {
+        __m512 a = rotate16(_mm512_loadu_ps(x + i)), b = rotate16(_mm512_loadu_ps(x + i + 16));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_add_ps(a, b), size));
+        _mm512_storeu_ps(out + i + 16, _mm512_mul_ps(_mm512_sub_ps(a, b), size));
+    }
+}
+
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     __m512 lanes = _mm512_setzero_ps();
     for (size_t i = 0; i < n; i += 16) {

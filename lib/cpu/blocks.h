@@ -42,6 +42,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
 /* Queries [query, query + Q) of an attention; Q from 1 to 4. */
 INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q);
 static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
+static void rotate_row(float *out, const float *x, size_t n);
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps);
 static void rope(float *x, const float *cos, const float *sin, size_t n);
 static void swiglu(float *gate, const float *up, size_t n);
@@ -157,6 +158,7 @@ static void fill_table(struct kernels *k, const char *isa) {
     k->matmul_q8 = matmul_q8;
     k->matmul_q4 = matmul_q4;
     k->quantize_row = quantize_row;
+    k->rotate_row = rotate_row;
     k->rms_norm = rms_norm;
     k->rope = rope;
     k->swiglu = swiglu;

@@ -239,11 +239,13 @@ static float *logits(struct part *p, bool hidden, float *out) {
     const llama_config *f = &c->model->config;
     const size_t wanted = gather(p, c->x, c->dim);
     struct norming z = {c, c->model->norm};
+    struct multiplier by = c->by;
+    by.planes = 2; // the logits feel each rounding, and are few
     pool_run(c->pool, wanted, 4, norm_range, &z);
     if (hidden || f->head == LLAMA_HEAD_NONE) return put(out, c->normed, wanted, c->dim, f->dim);
     for (size_t i = 0; i < wanted; i += LOGIT_ROWS) {
         const size_t n = wanted - i < LOGIT_ROWS ? wanted - i : LOGIT_ROWS;
-        matmul(&c->by, n, c->normed + i * c->dim, c->dim, 1,
+        matmul(&by, n, c->normed + i * c->dim, c->dim, 1,
                &(struct product){&c->model->output, c->logits, c->outputs});
         out = put(out, c->logits, n, c->outputs, f->n_outputs);
     }
@@ -427,6 +429,8 @@ static size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / mul
 /* Lays the scratch out from BASE (NULL: only counts); returns its bytes. */
 static size_t lay_out(struct cpu *c, char *base) {
     const size_t r = c->rows, half = c->model->config.head_dim / 2;
+    const size_t layers = r * c->by.planes, head = 2 * LOGIT_ROWS; // rows of codes
+    const size_t codes = layers > head ? layers : head;
     size_t widest = c->dim > c->heads ? c->dim : c->heads;
     widest = up_to(widest > c->hidden ? widest : c->hidden, GROUP);
     const struct { void *pointer; size_t bytes; } list[] = {
@@ -436,9 +440,9 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
         {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->outputs * 4},
         {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
-        {&c->by.codes, r * c->by.planes * widest},
-        {&c->by.scales, r * c->by.planes * widest / GROUP * 4},
-        {&c->by.sums, r * c->by.planes * widest / GROUP * 4},
+        {&c->by.codes, codes * widest},
+        {&c->by.scales, codes * widest / GROUP * 4},
+        {&c->by.sums, codes * widest / GROUP * 4},
     };
     size_t bytes = 0;
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
@@ -477,7 +481,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     const llama_config *f = &model->config;
     c->model = model;
     c->kernels = kernels_find(options->isa);
-    c->by.planes = options->activations == 8 ? 1 : 2;
+    c->by.planes = info->activations / 8;
     c->kv = (struct kv){
         .kernels = c->kernels,
         .kind = options->kv_kind >= 0  ? (uint32_t)options->kv_kind

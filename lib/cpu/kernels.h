@@ -71,6 +71,10 @@ struct kernels {
      * q = round half to even(x * (127 / a)). So |q| <= 127. */
     void (*quantize_row)(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
 
+    /* x (n) -> out (n), n a multiple of GROUP: each group as rotate_group (quant.h) turns it, times
+     * ROTATED_INPUT. */
+    void (*rotate_row)(float *out, const float *x, size_t n);
+
     /* out[i] = w[i] * (x[i] * s),  s = 1 / sqrt(sum of x[i]^2 / n + eps): the squares added "in
      * lanes" by fma; division, sqrt as IEEE has them (arXiv:1910.07467, eq. 4). */
     void (*rms_norm)(float *out, const float *x, const float *w, size_t n, float eps);

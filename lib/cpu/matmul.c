@@ -19,8 +19,8 @@ static void kernel(const struct kernels *k, uint32_t kind, const struct matmul *
     case LLAMA_F32: k->matmul_f32(job, first, last); break;
     case LLAMA_F16: k->matmul_f16(job, first, last); break;
     case LLAMA_BF16: k->matmul_bf16(job, first, last); break;
-    case LLAMA_Q8: k->matmul_q8(job, first, last); break;
-    case LLAMA_Q4: k->matmul_q4(job, first, last); break;
+    case LLAMA_Q8: case LLAMA_Q8R: k->matmul_q8(job, first, last); break;
+    case LLAMA_Q4: case LLAMA_Q4R: k->matmul_q4(job, first, last); break;
     }
 }
 
@@ -78,6 +78,7 @@ struct quantizing {
     const struct multiplier *by;
     const float *x;
     size_t n, x_stride, columns;
+    int rotated;
 };
 
 /* Row I in codes, and with two planes what they leave over in codes once more. */
@@ -88,7 +89,11 @@ static void quantize_row(const struct quantizing *z, size_t i) {
     for (size_t start = 0; start < z->columns; start += PIECE) {
         const size_t n = z->columns - start < PIECE ? z->columns - start : PIECE;
         const float *x = z->x + i * z->x_stride + start;
-        float rest[PIECE];
+        float rotated[PIECE], rest[PIECE];
+        if (z->rotated) {
+            by->kernels->rotate_row(rotated, x, n);
+            x = rotated;
+        }
         for (size_t plane = 0; plane < by->planes; plane++) {
             const size_t group = (plane * z->n + i) * groups + start / GROUP;
             int8_t *codes = by->codes + group * GROUP;
@@ -108,14 +113,20 @@ void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stri
             size_t n_products, const struct product *list) {
     const size_t columns = list[0].matrix->columns;
     size_t strips = 0;
-    int quantised = 0, biased = 0;
+    int codes = 0, rotated = 0, biased = 0;
     for (size_t i = 0; i < n_products; i++) {
+        const struct kind *kind = list[i].matrix->kind;
         strips += list[i].matrix->strips;
-        quantised |= list[i].matrix->kind->columns > 1;
+        codes |= kind->columns > 1 && !kind->rotated;
+        rotated |= kind->rotated;
         biased |= list[i].matrix->bias != NULL;
     }
-    if (quantised) {
-        struct quantizing z = {by, x, n, x_stride, columns};
+    if (codes && rotated) { // two sorts of codes of one input, which has room for one
+        for (size_t i = 0; i < n_products; i++) matmul(by, n, x, x_stride, 1, list + i);
+        return;
+    }
+    if (codes || rotated) {
+        struct quantizing z = {by, x, n, x_stride, columns, rotated};
         pool_run(by->pool, n, 4, quantize_range, &z);
     }
     struct products p = {

@@ -1,7 +1,8 @@
 /* matmul.h: matrices that share an input, multiplied in one pass over the threads.
  *
  * Quantised weights meet quantised numbers, so that the products are integers. Each number of the
- * input becomes an 8-bit code, or two: coarse, and what that leaves over as a finer one. */
+ * input becomes an 8-bit code, or two: coarse, and what that leaves over as a finer one. Rotated
+ * kinds meet codes of the rotated input. */
 #ifndef MATMUL_H
 #define MATMUL_H
 #include "../model.h"

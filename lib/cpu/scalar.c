@@ -182,6 +182,11 @@ static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t 
     }
 }
 
+static void rotate_row(float *out, const float *x, size_t n) {
+    memcpy(out, x, n * sizeof *out);
+    for (size_t i = 0; i < n; i += GROUP) rotate_group(out + i, ROTATED_INPUT);
+}
+
 static void hadamard(float *x, size_t n) {
     for (size_t h = 1; n % (2 * h) == 0; h *= 2)
         for (size_t j = 0; j < n; j++)
@@ -302,6 +307,7 @@ void kernels_scalar(struct kernels *k) {
         .attend_q8 = attend_q8,
         .to_f16 = to_f16,
         .to_q8 = to_q8,
+        .rotate_row = rotate_row,
         .hadamard = hadamard,
         .fit_q8 = fit_q8,
         .fit_q4 = fit_q4,
