@@ -34,7 +34,7 @@ MAY_INCLUDE = {
     "cpu/pages": {"llama.h", "cpu/kernels.h", "cpu/pool.h"},
     "cpu/matmul": {"model.h", "cpu/kernels.h", "cpu/matmul.h", "cpu/pool.h"},
     "cpu/pool": {"error.h", "cpu/pool.h"},
-    "cpu/bandwidth": {"error.h", "cpu/bandwidth.h", "cpu/pool.h"},
+    "cpu/limits": {"error.h", "cpu/limits.h", "cpu/pool.h"},
     "cuda/none": {"backend.h", "error.h"},
 }
 # A module of llama/ and the modules it may import; the export wing may not see the run wing,
