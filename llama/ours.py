@@ -12,6 +12,7 @@ import numpy as np
 from llama import limits
 from llama.engine import Engine
 from llama.limits import Limits, load_of
+from llama.machine import revision
 from llama.trial import Job
 
 FILL = 256  # positions that are computed before a cache is filled up with copies of them
@@ -21,7 +22,7 @@ class Ours:
     """A Runner, as trial.py describes it."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.version = job, revision()
         self.engine = Engine(
             job.path, threads=job.threads, max_seq_len=job.positions, kv=job.kv,
             activations=job.activations, isa=job.isa,

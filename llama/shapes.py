@@ -63,7 +63,9 @@ def write(path: Path, config: Config, bits: int) -> None:
         kind = Kind.Q8 if bits == 4 and name in EDGES else BITS[bits]
         records.append(Record(name, kind if len(shape) == 2 else Kind.F32, shape))
     rng = np.random.default_rng(len(records))
-    pools: dict[tuple[Kind, int], Bytes] = {}
+    pools: dict[tuple[Kind, float], Bytes] = {}
+    # large enough that layers do not drown what the token was; tied, logits should not be huge
+    embedding = 4 * config.dim**-0.5 if config.tied else 1.0
     total = sum(record.size() for record in records)
     with Writer(path, config, records, meta={"general.name": f"random {path.stem}"}) as writer:
         with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
@@ -72,12 +74,14 @@ def write(path: Path, config: Config, bits: int) -> None:
                     norm = 1 + rng.standard_normal(record.rows, np.float32) / 10
                     writer.write(record.name, norm)
                     continue
-                kind, columns = record.kind, record.columns
-                if (kind, columns) not in pools:
-                    pools[kind, columns] = blocks(rng, kind, columns)
-                strip = -(-columns // LAYOUTS[kind].columns)
+                first = record.name.startswith("tok_embeddings")
+                size = embedding if first else record.columns**-0.5
+                key = record.kind, size
+                if key not in pools:
+                    pools[key] = blocks(rng, record.kind, size)
+                strip = -(-record.columns // LAYOUTS[record.kind].columns)
                 strips = -(-record.rows // TILE_ROWS)
-                for data in shuffled(rng, pools[kind, columns], strip, strips):
+                for data in shuffled(rng, pools[key], strip, strips):
                     writer.write(record.name, data.tobytes())
                     bar.update(data.nbytes)
 
@@ -90,10 +94,10 @@ def shuffled(rng: np.random.Generator, pool: Bytes, each: int, n: int) -> Iterat
         yield pool[rng.integers(0, len(pool), count)]
 
 
-def blocks(rng: np.random.Generator, kind: Kind, columns: int) -> Bytes:
-    """Blocks of weights whose standard deviation is 1 / sqrt(COLUMNS), as docs/format.md draws
-    them: (blocks, bytes of one)."""
-    n, size = POOL // LAYOUTS[kind].block_bytes, columns**-0.5
+def blocks(rng: np.random.Generator, kind: Kind, size: float) -> Bytes:
+    """Blocks of weights of standard deviation SIZE, as docs/format.md draws them: (blocks, bytes of
+    one)."""
+    n = POOL // LAYOUTS[kind].block_bytes
     if kind in (Kind.F32, Kind.F16):
         values = rng.standard_normal((n, TILE_ROWS), np.float32) * np.float32(size)
         near = np.abs(values) < TINY
