@@ -45,6 +45,24 @@ def find(engine: str) -> Callable[[Job], Runner]:
     return OpenVino
 
 
+def gguf_of(path: Path, engine: str, folder: Path, random: bool) -> Path:
+    """PATH's weights as a GGUF file for ENGINE in FOLDER, made if it is not there yet."""
+    from llama.engine import Model
+    from llama.to_gguf import to_gguf
+
+    find(engine)  # before long work
+    with Model(path) as model:
+        kept = folder / f"{path.stem}-{model.fingerprint.hex()[:12]}-{engine}.gguf"
+        if kept.exists():
+            return kept
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LlamaError(f"{folder}: cannot make this folder: {error.strerror}") from None
+        to_gguf(model, kept, quantiser(), random, only_f16=engine == "openvino")
+    return kept
+
+
 # ---- llama.cpp
 
 
@@ -137,9 +155,15 @@ def _declared(library: Any, path: Path) -> Any:
     return library
 
 
-def quantiser(library: Any) -> Callable[[Array, Any], Array]:
-    """llama.cpp's own, for to_gguf."""
+def quantiser() -> Callable[[Array, Any], Array]:
+    """llama.cpp's own where it is installed, else the gguf package's; for to_gguf."""
     from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import quantize
+
+    try:
+        library = load_llama_cpp()[0]
+    except LlamaError:
+        return quantize  # type: ignore[no-any-return]
 
     def quantise(values: Array, type_: Any) -> Array:
         rows, columns = values.shape
@@ -160,7 +184,8 @@ class LlamaCpp:
 
     def __init__(self, job: Job, library: Any, version: str) -> None:
         self.job, self.lib, self.version = job, library, version
-        self.features = " ".join(library.llama_print_system_info().decode().split())
+        parts = library.llama_print_system_info().decode().replace(":", "|").split("|")
+        self.features = " ".join(part.split()[0] for part in parts if part.strip()[-3:] == "= 1")
         self._log: list[str] = []
         log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
         self._logged = log(lambda _, text, __: self._log.append(text.decode("utf-8", "replace")))
@@ -198,30 +223,38 @@ class LlamaCpp:
         self._sequences = sequences
         self._depth = 0
 
-    def _forward(self, ids: Sequence[int], at: Sequence[int], sequences: Sequence[int]) -> None:
-        """Computes rows; each sequence's last has logits."""
+    def _batches(
+        self, ids: Sequence[int], at: Sequence[int], sequences: Sequence[int]
+    ) -> list[Batch]:
+        """Rows as batches that the library takes; each sequence's last has logits."""
         most = self.lib.llama_n_batch(self._context)
+        last = {sequence: i for i, sequence in enumerate(sequences)}
+        made = []
         for first in range(0, len(ids), most):
             part = slice(first, first + most)
             n = len(ids[part])
-            ints = ctypes.c_int32 * n
-            own = (ctypes.c_int32 * n)(*sequences[part])
-            each = [ctypes.pointer(ctypes.c_int32.from_buffer(own, 4 * i)) for i in range(n)]
-            last = {s: i for i, s in enumerate(sequences)}
+            ints, pointers = ctypes.c_int32 * n, ctypes.POINTER(ctypes.c_int32) * n
+            own = [ints(s) for s in sequences[part]]
             wants = [last[s] == first + i for i, s in enumerate(sequences[part])]
-            batch = Batch(
+            made.append(Batch(
                 n, ints(*ids[part]), None, ints(*at[part]), ints(*[1] * n),
-                (ctypes.POINTER(ctypes.c_int32) * n)(*each), (ctypes.c_int8 * n)(*wants),
-            )  # fmt: skip
+                pointers(*[ctypes.cast(s, ctypes.POINTER(ctypes.c_int32)) for s in own]),
+                (ctypes.c_int8 * n)(*wants),
+            ))  # fmt: skip
+        return made
+
+    def _compute(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
             status = self.lib.llama_decode(self._context, batch)
             if status:
                 raise LlamaError(f"llama.cpp: llama_decode gave {status}: {self._reason()}")
-        self.lib.llama_synchronize(self._context)
+            self.lib.llama_synchronize(self._context)
 
     def prompt(self, ids: Sequence[int]) -> float:
         self.lib.llama_memory_clear(self._memory, True)
+        batches = self._batches(ids, range(len(ids)), [0] * len(ids))
         start = time.perf_counter()
-        self._forward(ids, range(len(ids)), [0] * len(ids))
+        self._compute(batches)
         return time.perf_counter() - start
 
     def fill(self, depth: int, batch: int) -> None:
@@ -230,16 +263,18 @@ class LlamaCpp:
         self.lib.llama_memory_clear(self._memory, True)
         self._depth = depth
         if depth:
-            self._forward(self.job.ids(depth), range(depth), [0] * depth)
+            self._compute(self._batches(self.job.ids(depth), range(depth), [0] * depth))
             for sequence in range(1, batch):
                 self.lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
 
     def decode(self, n: int) -> float:
         batch = range(self._sequences)
-        start = time.perf_counter()
+        batches: list[Batch] = []
         for at in range(self._depth, self._depth + n):
             ids = [(at + 31 * s) % self.job.vocab_size for s in batch]
-            self._forward(ids, [at] * len(batch), batch)
+            batches += self._batches(ids, [at] * len(batch), batch)
+        start = time.perf_counter()
+        self._compute(batches)
         seconds = time.perf_counter() - start
         for sequence in batch:
             self.lib.llama_memory_seq_rm(self._memory, sequence, self._depth, -1)
@@ -252,7 +287,8 @@ class LlamaCpp:
         found: list[int] = []
         for at in range(n):
             new, first = (ids, 0) if not found else (found[-1:], len(ids) + at - 1)
-            self._forward(new, range(first, first + len(new)), [0] * len(new))
+            places = range(first, first + len(new))
+            self._compute(self._batches(new, places, [0] * len(new)))
             logits = self.lib.llama_get_logits_ith(self._context, -1)
             row = np.ctypeslib.as_array(logits, (self.job.vocab_size,))
             found.append(int(np.argmax(row)))

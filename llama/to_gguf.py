@@ -21,7 +21,7 @@ from tqdm import tqdm
 from llama.config import Config, Head, Rope
 from llama.engine import Model, Tensor
 from llama.errors import LlamaError
-from llama.quant import Array, Kind
+from llama.quant import STORED, Array, Kind
 from llama.shapes import gguf_rows, room
 
 NAMES = {
@@ -45,20 +45,22 @@ PIECE = 1 << 24  # weights that are converted at a time
 Quantise = Callable[[Array, GGMLQuantizationType], Array]
 
 
-def to_gguf(model: Model, path: Path, quantise: Quantise | None, random: bool = False) -> None:
-    """Writes MODEL as PATH. QUANTISE None: every quantised matrix becomes f16 (f32 if a row is no
-    whole number of blocks, as for any). RANDOM: quantised matrices are drawn anew, not converted.
-    LlamaError for what GGUF's plain Llama cannot hold, or a full disk."""
+def to_gguf(
+    model: Model, path: Path, quantise: Quantise, random: bool = False, only_f16: bool = False
+) -> None:
+    """Writes MODEL as PATH. A quantised matrix whose rows are no whole number of blocks becomes
+    f16. RANDOM: quantised matrices are drawn anew, not converted. ONLY_F16: so do f32 and bf16
+    ones. LlamaError for what GGUF's plain Llama cannot hold, or a full disk."""
     config = model.config
     if config.head != Head.LM:
         raise LlamaError(f"{model.path}: has no language model's head; peers cannot run it")
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    plan = [(i, t, _type(t, quantise)) for i, t in enumerate(model.tensors)]
+    plan = [(i, t, _type(t, only_f16)) for i, t in enumerate(model.tensors)]
     sizes = [_bytes(t.shape, type_) for _, t, type_ in plan]
     room(path.parent, sum(sizes) + (1 << 22), str(path))
     writer = gguf.GGUFWriter(temporary, "llama")
     try:
-        _metadata(writer, model)
+        _metadata(writer, model, only_f16)
         factors = _rope_factors(config)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype,
@@ -86,10 +88,11 @@ def to_gguf(model: Model, path: Path, quantise: Quantise | None, random: bool = 
         temporary.unlink(missing_ok=True)
 
 
-def _metadata(writer: Any, model: Model) -> None:
+def _metadata(writer: Any, model: Model, only_f16: bool) -> None:
     c, source = model.config, model.path
     writer.add_name(source.stem)
-    writer.add_file_type(FILE_TYPES[Kind[model.config.dtype.upper()]])
+    kind = Kind[c.dtype.upper()]
+    writer.add_file_type(FILE_TYPES[Kind.F16 if only_f16 and kind in STORED else kind])
     writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.max_seq_len)
     writer.add_embedding_length(c.dim)
@@ -147,10 +150,10 @@ def _name(ours: str) -> str:
     return f"{NAMES['.'.join(stem)]}.{last}"
 
 
-def _type(tensor: Tensor, quantise: Quantise | None) -> GGMLQuantizationType:
+def _type(tensor: Tensor, only_f16: bool) -> GGMLQuantizationType:
     type_ = TYPES[tensor.kind]
     block = GGML_QUANT_SIZES[type_][0]
-    if block > 1 and (quantise is None or tensor.shape[-1] % block):
+    if len(tensor.shape) == 2 and (tensor.shape[1] % block or (only_f16 and block == 1)):
         return GGMLQuantizationType.F16
     return type_
 
@@ -167,7 +170,7 @@ def _bytes(shape: tuple[int, ...], type_: GGMLQuantizationType) -> int:
 
 def _parts(
     model: Model, index: int, tensor: Tensor, type_: GGMLQuantizationType,
-    quantise: Quantise | None, random: bool,
+    quantise: Quantise, random: bool,
 ) -> Iterator[Array]:  # fmt: skip
     """The tensor's data, some rows at a time."""
     rows, columns = (*tensor.shape, 1)[:2]
@@ -180,7 +183,6 @@ def _parts(
     for first in range(0, rows, step):
         values = model.rows(index, first, min(step, rows - first))
         if quantised:
-            assert quantise is not None
             yield quantise(values, type_)
         elif type_ == GGMLQuantizationType.BF16:  # exact: they came out of a bf16 file
             yield (values.view("<u4") >> 16).astype("<u2")
