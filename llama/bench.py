@@ -23,7 +23,7 @@ from llama import report
 from llama.cli import Parser, default_bin, run, say
 from llama.errors import LlamaError
 from llama.shapes import BITS, SHAPES, random_model
-from llama.trial import GREEDY_PROMPT, Job
+from llama.trial import Job
 
 GREEDY = 64  # tokens that two engines choose, to be compared
 MOST = 1 << 24  # positions of a sequence

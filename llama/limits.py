@@ -112,7 +112,7 @@ def load_of(config: Config, tensors: Iterable[Tensor], kv_bytes: int, activation
     token, row = [0, 0], [0, 0]
     head = "tok_embeddings.weight" if config.tied else "output.weight"
     for tensor in tensors:
-        if len(tensor.shape) != 2 or tensor.name not in (head,) and "layers." not in tensor.name:
+        if len(tensor.shape) != 2 or not (tensor.name == head or tensor.name.startswith("layers.")):
             continue
         integer = tensor.kind in INTEGER
         passes = 2 if integer and activations == 16 else 1

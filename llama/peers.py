@@ -69,7 +69,7 @@ def gguf_of(path: Path, engine: str, folder: Path, random: bool) -> Path:
 class Batch(ctypes.Structure):
     """llama_batch of llama.cpp's llama.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
@@ -81,11 +81,11 @@ class Batch(ctypes.Structure):
 
 
 class ModelParameters(ctypes.Structure):
-    _fields_ = [("bytes", ctypes.c_uint8 * PARAMETERS)]  # noqa: RUF012
+    _fields_ = [("bytes", ctypes.c_uint8 * PARAMETERS)]
 
 
 class ContextParameters(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_ctx", ctypes.c_uint32),
         ("n_batch", ctypes.c_uint32),
         ("n_ubatch", ctypes.c_uint32),
@@ -163,7 +163,7 @@ def quantiser() -> Callable[[Array, Any], Array]:
     try:
         library = load_llama_cpp()[0]
     except LlamaError:
-        return quantize  # type: ignore[no-any-return]
+        return quantize
 
     def quantise(values: Array, type_: Any) -> Array:
         rows, columns = values.shape
@@ -190,7 +190,9 @@ class LlamaCpp:
         log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
         self._logged = log(lambda _, text, __: self._log.append(text.decode("utf-8", "replace")))
         library.llama_log_set(self._logged, None)
-        self._context = None
+        self._context: Any = None
+        self._memory: Any = None
+        self._sequences = self._depth = 0
         name = str(job.path).encode()
         self._model = library.llama_model_load_from_file(name, library.llama_model_default_params())
         if not self._model:
@@ -220,8 +222,7 @@ class LlamaCpp:
             )
         self.lib.llama_set_n_threads(self._context, self.job.threads, self.job.threads)
         self._memory = self.lib.llama_get_memory(self._context)
-        self._sequences = sequences
-        self._depth = 0
+        self._sequences, self._depth = sequences, 0
 
     def _batches(
         self, ids: Sequence[int], at: Sequence[int], sequences: Sequence[int]

@@ -60,8 +60,8 @@ def ours(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "load": fields, "open_seconds": result["open_seconds"], "first_token_prompt": first,
         "first_token_seconds": result["first_token_seconds"],
         "opening_seconds": statistics.median(opening),
-        "opening_steps": statistics.median(opening) * step["rate"] / step["batch"], "memory": result["memory"],
-        "rows": result["rows"], "greedy": result["greedy"],
+        "opening_steps": statistics.median(opening) * step["rate"] / step["batch"],
+        "memory": result["memory"], "rows": result["rows"], "greedy": result["greedy"],
     }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def read(path: Path) -> dict[str, Any]:
             list(table(model))
     except OSError as error:
         raise LlamaError(f"{path}: cannot open: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, RuntimeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         raise LlamaError(f"{path}: not a report of llama.bench --json") from None
     assert isinstance(found, dict)
     return found

@@ -87,7 +87,7 @@ def write(path: Path, config: Config, bits: int) -> None:
 
 
 def shuffled(rng: np.random.Generator, pool: Bytes, each: int, n: int) -> Iterator[Bytes]:
-    """N runs of EACH blocks of POOL (blocks, bytes of one), drawn at random, some runs at a time."""
+    """N runs of EACH blocks of POOL (blocks, bytes of one), at random, some runs at a time."""
     some = max(1, PIECE // (each * pool.shape[1]))
     for first in range(0, n, some):
         count = min(some, n - first) * each

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,16 +131,17 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
     first = open_seconds + runner.prompt(job.ids(job.prompts[0]))
     result = Result(job.engine, runner.version, runner.features, open_seconds, first)
 
-    def row(work: str, n: int, depth: int, batch: int, rate: Callable[[], float]) -> None:
+    def repeated(tokens: int, work: Callable[[], float]) -> list[float]:
+        """Tokens a second, of each repeat."""
         rates = []
         for _ in range(job.repeats):
             runner.between()
-            rates.append(rate())
-        result.rows.append(Row(work, n, depth, batch, rates))
+            rates.append(tokens / work())
+        return rates
 
     for n in job.prompts:
-        ids = job.ids(n)
-        row("prompt", n, 0, 1, lambda: len(ids) / runner.prompt(ids))  # noqa: B023 (called here)
+        rates = repeated(n, partial(runner.prompt, job.ids(n)))
+        result.rows.append(Row("prompt", n, 0, 1, rates))
     runner.fill(0, 1)
     runner.decode(1)
     now = memory()
@@ -150,8 +152,8 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
         for depth in job.depths:
             runner.fill(depth, batch)
             runner.decode(min(2, job.tokens))
-            total = batch * job.tokens
-            row("decode", job.tokens, depth, batch, lambda: total / runner.decode(job.tokens))  # noqa: B023
+            rates = repeated(batch * job.tokens, partial(runner.decode, job.tokens))
+            result.rows.append(Row("decode", job.tokens, depth, batch, rates))
     if job.greedy:
         result.greedy = runner.greedy(job.ids(GREEDY_PROMPT), job.greedy)
     runner.between()
@@ -162,8 +164,11 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
 
 def main() -> int:
     job = Job(**json.load(sys.stdin))
+    opened: Callable[[Job], Runner]
     if job.engine == "llama":
-        from llama.ours import Ours as opened
+        from llama.ours import Ours
+
+        opened = Ours
     else:
         from llama.peers import find
 
