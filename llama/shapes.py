@@ -68,7 +68,8 @@ def write(path: Path, config: Config, bits: int) -> None:
     embedding = 4 * config.dim**-0.5 if config.tied else 1.0
     total = sum(record.size() for record in records)
     with Writer(path, config, records, meta={"general.name": f"random {path.stem}"}) as writer:
-        with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False,
+                  disable=None) as bar:
             for record in records:
                 if len(record.shape) == 1:
                     norm = 1 + rng.standard_normal(record.rows, np.float32) / 10

@@ -73,7 +73,8 @@ def to_gguf(
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+        with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=path.name, leave=False,
+                  disable=None) as bar:
             for index, tensor, type_ in plan:
                 parts = _parts(model, index, tensor, type_, quantise, random)
                 whole = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
