@@ -31,18 +31,20 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     batches = sorted({r["batch"] for m in report["models"] for r in _decoded(m)})
     depths = sorted({r["depth"] for m in report["models"] for r in _decoded(m)})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
     for number, model in enumerate(report["models"]):
         color = f"C{number % 10}"
         _curve(left, model, color, "depth", lambda row: row["batch"] == batches[0])
         _curve(right, model, color, "batch", lambda row: row["depth"] == depths[0])
-    left.set_xlabel(f"positions in the cache ({batches[0]} decoded together)")
-    right.set_xlabel(f"sequences decoded together (after {depths[0]} positions)")
-    for axes in (left, right):
+    left.set_xlabel(f"positions in the cache (sequences decoded together: {batches[0]})")
+    right.set_xlabel(f"sequences decoded together (positions in the cache: {depths[0]})")
+    for axes, ticks in ((left, depths), (right, batches)):
+        axes.set_xticks(ticks)
         axes.set_ylabel("tokens/s")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
