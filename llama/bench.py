@@ -171,6 +171,16 @@ def measure(path: Path, shape: str | None, given: argparse.Namespace) -> dict[st
     return model_report
 
 
+def check_model(path: Path) -> None:
+    """Raises LlamaError for what is not a language model's file."""
+    from llama.config import Head
+    from llama.engine import Model
+
+    with Model(path) as model:
+        if model.config.head != Head.LM:
+            raise LlamaError(f"{path}: has no language model's head; only those are measured")
+
+
 def folder(given: argparse.Namespace) -> Path:
     """Where files that are made for measuring are kept."""
     from llama.machine import cache_folder
@@ -191,14 +201,22 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     from llama.machine import revision
 
     found: dict[str, Any] = {"machine": machine(), "revision": revision(), "models": []}
+    if given.against:
+        from llama.peers import find
+
+        find(given.against)  # what is wrong is said before any work
     files: list[tuple[Path, str | None]] = [(path, None) for path in given.bin]
+    if not given.bin and not given.shape:
+        files = [(default_bin(), None)]
+    for path, _ in files:
+        check_model(path)
     if given.shape:
         made = random_model(given.shape, given.bits or 4, folder(given))
         files.append((made, f"{given.shape} shape"))
     told = str(given.json) != "-"
     if told:
         print(f"{found['machine']['cpu']}; medians of {given.repeats} repeats (spread)", flush=True)
-    for path, shape in files or [(default_bin(), None)]:
+    for path, shape in files:
         found["models"].append(measure(path, shape, given))
         if told:
             print("\n" + "\n".join(report.table(found["models"][-1])), flush=True)

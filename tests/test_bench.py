@@ -146,6 +146,8 @@ def test_peaks_are_plausible() -> None:
     tries = (measure_peaks(1) for _ in range(20))
     wide = isa_names()[0].startswith("avx512")
     assert not wide or any(f > 1.5 * plain[0] and i > 1.5 * plain[1] for f, i in tries)
+    for isa in isa_names():
+        assert 1e7 < min(measure_peaks(1, isa)) < 1e13
     with pytest.raises(LlamaError, match='isa "best" is not among the kernels'):
         measure_peaks(1, "best")
 
@@ -214,6 +216,8 @@ def test_json_to_standard_output_is_all_there_is(tiny: Path) -> None:
         (["--json=no/such/file"], "--json no/such/file: expected a file in a folder that is there"),
         (["--plot=."], "--plot .: expected a file in a folder that is there"),
         (["--table=README.md"], "--table measures nothing"),
+        (["--bin=no.bin"], "no.bin: No such file"),
+        (["--bin=README.md"], "README.md: is not a model"),
     ],
 )
 def test_bad_flags_are_one_line(tiny: Path, words: list[str], says: str) -> None:
@@ -231,6 +235,16 @@ def test_files_that_are_no_reports(tmp_path: Path, text: str) -> None:
     assert "not a report of llama.bench --json" in done.stderr
     missing = bench("--table", tmp_path / "y.json")
     assert missing.returncode == 1 and "y.json: cannot open: No such file" in missing.stderr
+
+
+def test_models_that_write_nothing_are_not_measured(tmp_path: Path) -> None:
+    import small_models
+
+    from llama.config import Head
+
+    judge = small_models.config(head=Head.SEQUENCE, n_labels=1)
+    with pytest.raises(LlamaError, match="has no language model's head; only those are measured"):
+        command.check_model(small_models.write_bin(tmp_path / "judge.bin", judge))
 
 
 def test_a_trial_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
