@@ -146,7 +146,8 @@ def measure(path: Path, shape: str | None, given: argparse.Namespace) -> dict[st
     compared = bool(given.against) and config.dtype == "f16" and shape is None
     job = Job(
         "llama", str(path), threads, given.prompt, given.depth, given.batch, given.tokens,
-        given.repeats, config.vocab_size, given.activations or 16, given.isa, kv,
+        given.repeats, config.vocab_size,
+        16 if given.activations is None else given.activations, given.isa, kv,
         GREEDY if compared else 0,
     )  # fmt: skip
     if job.positions > MOST:

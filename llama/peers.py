@@ -42,7 +42,11 @@ def find(engine: str) -> Callable[[Job], Runner]:
         return lambda job: LlamaCpp(job, library, version)
     if importlib.util.find_spec("openvino_genai") is None:
         raise missing(engine)
-    return OpenVino
+    # imported now, so that this is no part of what opening takes
+    import openvino
+    import openvino_genai
+
+    return lambda job: OpenVino(job, openvino, openvino_genai)
 
 
 def gguf_of(path: Path, engine: str, folder: Path, random: bool) -> Path:
@@ -316,10 +320,7 @@ class OpenVino:
     """A Runner. A pipeline keeps no sequence from one call to the next, so each measurement reads
     its positions first; a sequence has one position at least."""
 
-    def __init__(self, job: Job) -> None:
-        import openvino
-        import openvino_genai
-
+    def __init__(self, job: Job, openvino: Any, openvino_genai: Any) -> None:
         self.job, self.genai, self.openvino = job, openvino_genai, openvino
         self.version = f"openvino-genai {openvino_genai.__version__}"
         found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

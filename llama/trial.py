@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from llama.cli import run
 
 GREEDY_PROMPT = 32
+LAST_LOOKS = 3  # more measurements of the limits, for runs of few repeats
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
             result.rows.append(Row("decode", job.tokens, depth, batch, rates))
     if job.greedy:
         result.greedy = runner.greedy(job.ids(GREEDY_PROMPT), job.greedy)
-    runner.between()
+    for _ in range(LAST_LOOKS):
+        runner.between()
     runner.close()
     result.facts = runner.facts()
     return result

@@ -213,6 +213,7 @@ def test_json_to_standard_output_is_all_there_is(tiny: Path) -> None:
         (["--isa=mmx"], 'isa "mmx" is not among the kernels'),
         (["--kv=q4"], "kv is 'q4', expected"),
         (["--activations=4"], "activations is 4, expected 8 or 16"),
+        (["--activations=0"], "activations is 0, expected 8 or 16"),
         (["--json=no/such/file"], "--json no/such/file: expected a file in a folder that is there"),
         (["--plot=."], "--plot .: expected a file in a folder that is there"),
         (["--table=README.md"], "--table measures nothing"),
