@@ -2,8 +2,8 @@
  * calls inward; nothing behind it needs to doubt what it is given. */
 #include "llama.h"
 #include "backend.h"
-#include "cpu/bandwidth.h"
 #include "cpu/kernels.h"
+#include "cpu/limits.h"
 #include "encode.h"
 #include "error.h"
 #include "model.h"
@@ -511,5 +511,12 @@ int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob,
 
 int llama_measure_bandwidth(int threads, size_t bytes, double *bytes_per_second) {
     if (!bytes_per_second) return fail("llama_measure_bandwidth: bytes_per_second is NULL");
-    return bandwidth_measure(threads, bytes, bytes_per_second);
+    return limits_bandwidth(threads, bytes, bytes_per_second);
+}
+
+int llama_measure_peaks(int threads, const char *isa, double *f32, double *int8) {
+    if (!f32 || !int8) return fail("llama_measure_peaks: f32 or int8 is NULL");
+    const struct kernels *k = kernels_find(isa);
+    if (!k) return fail("isa \"%s\" is not among the kernels that this build and CPU have", isa);
+    return limits_peaks(threads, k->isa, f32, int8);
 }

@@ -318,6 +318,10 @@ int llama_logprobs(llama_session *session, size_t row, int32_t token, double *lo
  * a few times, and gives the best rate in bytes a second: the limit that decoding is measured
  * against. */
 int llama_measure_bandwidth(int threads, size_t bytes, double *bytes_per_second);
+/* The multiply-adds a second that THREADS threads reach with the best instruction that the kernels
+ * ISA (NULL: the best) can use, on registers alone: of f32 numbers, and of int8 numbers into int32
+ * sums. Prompts are measured against these. */
+int llama_measure_peaks(int threads, const char *isa, double *f32, double *int8);
 
 #pragma GCC visibility pop
 #endif

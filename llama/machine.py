@@ -51,6 +51,34 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown CPU"
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """This machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def revision() -> str:
+    """Which version of this engine runs: its git commit, "+" behind it if files were changed."""
+    folder = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        if (folder / ".git").exists():
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return "unknown"
+
+
 def bandwidth(threads: int, reached: float = 0.0) -> float:
     """Bytes a second that THREADS threads read, measured now or by an earlier run.
 

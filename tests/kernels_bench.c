@@ -1,9 +1,12 @@
-/* kernels_bench.c: times each entry of each kernel set, beside this machine's own limits, measured
- * in the same run: read bandwidth, FMA and int8 dot-product peaks. Best of several passes, for
+/* kernels_bench.c: times each entry of each kernel set, beside this machine's own limits, which
+ * lib/cpu/limits.c measures in the same run. Best of several passes, for
  * one thread and for all. */
 #define _DEFAULT_SOURCE
+#include "../lib/cpu/limits.h"
+#include "../lib/error.h"
 #include "kernels_check.h"
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,64 +57,28 @@ static double seconds_of(part_work *work, void *context, size_t parts) {
 
 static struct {
     double bandwidth, fma, dot; // bytes, multiply-adds, int8 multiply-adds a second
-} limits[2];                    // one thread, all threads; 0: not measured
+} limits[2];                    // one thread, all threads
 
 static uint8_t *weights; // as large as any matrix here, larger than the caches
 enum { WEIGHT_BYTES = 512 << 20 };
 
-static void read_memory(void *context, size_t part, size_t parts) {
-    size_t words = WEIGHT_BYTES / 8 / parts;
-    const uint64_t *p = (const uint64_t *)weights + part * words;
-    uint64_t sum[16] = {0};
-    for (size_t i = 0; i + 16 <= words; i += 16)
-        for (size_t j = 0; j < 16; j++)
-            sum[j] ^= p[i + j];
-    for (size_t j = 1; j < 16; j++)
-        sum[0] ^= sum[j];
-    ((volatile uint64_t *)context)[part * 8] = sum[0];
+/* Here a failure of the library's own ends the program. */
+int fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    exit(1);
 }
 
-#if defined(__x86_64__)
-enum { PEAK_ROUNDS = 4000000 };
-#define TWELVE(op, r, a, b)                                                                        \
-    op(r, 0, a, b) op(r, 1, a, b) op(r, 2, a, b) op(r, 3, a, b) op(r, 4, a, b) op(r, 5, a, b)     \
-    op(r, 6, a, b) op(r, 7, a, b) op(r, 8, a, b) op(r, 9, a, b) op(r, 10, a, b) op(r, 11, a, b)
-#define FMA_OP(r, i, a, b) "vfmadd231ps %%" r #a ", %%" r #b ", %%" r #i "\n"
-#define DOT_OP(r, i, a, b) "vpdpbusd %%" r #a ", %%" r #b ", %%" r #i "\n"
-#define CLOBBERS                                                                                   \
-    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",       \
-        "xmm11", "xmm12", "xmm13"
-
-static void peak_fma(void *wide, size_t part, size_t parts) {
-    (void)part, (void)parts;
-    for (int i = 0; i < PEAK_ROUNDS; i++)
-        if (*(int *)wide)
-            __asm__ volatile(TWELVE(FMA_OP, "zmm", 12, 13)::: CLOBBERS);
-        else
-            __asm__ volatile(TWELVE(FMA_OP, "ymm", 12, 13)::: CLOBBERS);
-}
-
-static void peak_dot(void *wide, size_t part, size_t parts) {
-    (void)wide, (void)part, (void)parts;
-    for (int i = 0; i < PEAK_ROUNDS; i++)
-        __asm__ volatile(TWELVE(DOT_OP, "zmm", 12, 13)::: CLOBBERS);
-}
-#endif
-
-static void measure_limits(size_t threads) {
-    uint64_t sums[MOST_THREADS * 8];
+/* Of kernel set ISA; one that only tests have is measured as the best set is. */
+static void measure_limits(const char *isa, size_t threads) {
+    const char *known = (kernels_find(isa) ? kernels_find(isa) : kernels_find(NULL))->isa;
     for (int all = 0; all < 2; all++) {
-        size_t n = all ? threads : 1;
-        limits[all].bandwidth = WEIGHT_BYTES / seconds_of(read_memory, sums, n);
-#if defined(__x86_64__)
-        int wide = kernels_find("avx512") != NULL;
-        double rounds = 12.0 * PEAK_ROUNDS * (double)n;
-        if (kernels_find("avx2"))
-            limits[all].fma = rounds * (wide ? 16 : 8) / seconds_of(peak_fma, &wide, n);
-        if (kernels_find("avx512vnni"))
-            limits[all].dot = rounds * 64 / seconds_of(peak_dot, &wide, n);
-#endif
-        printf("%2zu thread%s: reads %.1f GB/s, f32 %.1f GMAC/s, int8 %.1f GMAC/s\n", n,
+        int n = all ? (int)threads : 1;
+        limits_bandwidth(n, WEIGHT_BYTES, &limits[all].bandwidth);
+        limits_peaks(n, known, &limits[all].fma, &limits[all].dot);
+        printf("%-12s %2d thread%s: reads %.1f GB/s, f32 %.1f GMAC/s, int8 %.1f GMAC/s\n", isa, n,
                n > 1 ? "s" : "", limits[all].bandwidth * 1e-9, limits[all].fma * 1e-9,
                limits[all].dot * 1e-9);
     }
@@ -158,7 +125,7 @@ static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns,
         double limit = n == 1 ? limits[all].bandwidth : kind < 3 ? limits[all].fma
                                                                  : limits[all].dot;
         printf("  %7.1f %s %3.0f%%", rate * 1e-9, n == 1 ? "GB/s" : "GMAC/s",
-               limit > 0 ? 100 * rate / limit : 0);
+               100 * rate / limit);
     }
     printf("\n");
     fflush(stdout);
@@ -241,10 +208,10 @@ void kernels_bench(const char *isa) {
     weights = aligned_alloc(4096, WEIGHT_BYTES);
     for (size_t i = 0; i < WEIGHT_BYTES / 2; i++) // bytes that are small numbers in any kind
         ((uint16_t *)weights)[i] = (uint16_t)(0x2c00 + i % 509);
-    measure_limits(threads);
     for (size_t i = 0; i + 1 < n_sets; i++) {
         if (isa && strcmp(isa, sets[i]->isa) != 0)
             continue;
+        measure_limits(sets[i]->isa, threads);
         for (size_t j = 0; j < N_KINDS; j++)
             bench_matmul(sets[i], kinds[j], 4096, 1, threads);
         for (size_t j = N_FLOATS; j < N_KINDS; j++) {

@@ -651,6 +651,8 @@ def test_null_arguments_are_refused(path: Path) -> None:
         (lib.llama_logprobs, session[0], 0, 0, null, 0, null, null),
         (lib.llama_logprobs, session[0], 0, 0, ffi.new("double *"), 1, null, null),
         (lib.llama_measure_bandwidth, 1, 0, null),
+        (lib.llama_measure_peaks, 1, null, null, ffi.new("double *")),
+        (lib.llama_measure_peaks, 1, null, ffi.new("double *"), null),
     ]
     for function, *arguments in calls:
         assert function(*arguments) == -1, function
