@@ -172,16 +172,6 @@ def measure(path: Path, shape: str | None, given: argparse.Namespace) -> dict[st
     return model_report
 
 
-def check_model(path: Path) -> None:
-    """Raises LlamaError for what is not a language model's file."""
-    from llama.config import Head
-    from llama.engine import Model
-
-    with Model(path) as model:
-        if model.config.head != Head.LM:
-            raise LlamaError(f"{path}: has no language model's head; only those are measured")
-
-
 def folder(given: argparse.Namespace) -> Path:
     """Where files that are made for measuring are kept."""
     from llama.machine import cache_folder
@@ -199,6 +189,7 @@ def machine() -> dict[str, Any]:
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     """The report of a run; each model's table is printed as it is done."""
+    from llama.engine import Model
     from llama.machine import revision
 
     found: dict[str, Any] = {"machine": machine(), "revision": revision(), "models": []}
@@ -210,7 +201,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     if not given.bin and not given.shape:
         files = [(default_bin(), None)]
     for path, _ in files:
-        check_model(path)
+        Model(path).close()
     if given.shape:
         made = random_model(given.shape, given.bits or 4, folder(given))
         files.append((made, f"{given.shape} shape"))

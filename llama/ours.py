@@ -63,7 +63,7 @@ class Ours:
         start = time.perf_counter()
         for at in range(self._depth, self._depth + n):
             ids = [(at + 31 * s) % self.job.vocab_size for s in batch]
-            self.engine.forward(ids, batch, [at] * self._batch, wanted, keep=True)
+            self.engine.forward(ids, batch, [at] * self._batch, wanted)
         seconds = time.perf_counter() - start
         for sequence in batch:
             self.engine.trim(sequence, self._depth)
@@ -110,7 +110,7 @@ class Ours:
 
     def _read(self, ids: Sequence[int]) -> None:
         want = [False] * (len(ids) - 1) + [True]
-        self.engine.forward(ids, [0] * len(ids), range(len(ids)), want, keep=True)
+        self.engine.forward(ids, [0] * len(ids), range(len(ids)), want)
 
     def _clear(self) -> None:
         for sequence in range(max(1, self._batch)):

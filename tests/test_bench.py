@@ -238,16 +238,6 @@ def test_files_that_are_no_reports(tmp_path: Path, text: str) -> None:
     assert missing.returncode == 1 and "y.json: cannot open: No such file" in missing.stderr
 
 
-def test_models_that_write_nothing_are_not_measured(tmp_path: Path) -> None:
-    import small_models
-
-    from llama.config import Head
-
-    judge = small_models.config(head=Head.SEQUENCE, n_labels=1)
-    with pytest.raises(LlamaError, match="has no language model's head; only those are measured"):
-        command.check_model(small_models.write_bin(tmp_path / "judge.bin", judge))
-
-
 def test_a_trial_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     job = trial.Job("llama", "no/such.bin", 1, [1], [0], [1], 1, 1, 10)
     with pytest.raises(LlamaError, match=r"no/such.bin"):

@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "to_gguf": {"config", "engine", "quant", "shapes"},
     "report": {"limits"},
     "plot": set(),
-    "bench": {"cli", "config", "engine", "machine", "peers", "plot", "report", "shapes", "trial"},
+    "bench": {"cli", "engine", "machine", "peers", "plot", "report", "shapes", "trial"},
     "distance": {"config", "engine", "tokenizer"},
     "eval": {"cli", "config", "distance", "engine", "machine", "reward", "tokenizer"},
     "harness": {"cli", "generate", "sampling"},

@@ -161,6 +161,7 @@ def test_ratios_are_ours_over_theirs(
         }  # fmt: skip
 
     monkeypatch.setattr(bench, "start_trial", start)
+    monkeypatch.setattr(peers, "find", lambda engine: None)
     monkeypatch.setattr(peers, "gguf_of", lambda path, *rest: path.with_suffix(".gguf"))
     monkeypatch.setattr(sys, "argv", ["x", "--bin", str(source), "--against=llama.cpp", "--json=-"])
     assert bench.main() == 0
