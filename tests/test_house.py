@@ -27,6 +27,7 @@ MAY_INCLUDE = {
     "sampler": {"sampler.h", "llama.h", "error.h"},
     "encode": INSIDE | {"encode.h", "format.h", "cpu/kernels.h", "cpu/pool.h"},
     "moments": {"moments.h", "error.h", "cpu/kernels.h", "cpu/pool.h"},
+    "products": {"products.h", "format.h", "error.h", "cpu/kernels.h", "cpu/pool.h"},
     "backend": {"cache.h", "model.h"},
     "error": set(),
     "cpu/forward": {"backend.h", "error.h", "rope.h", "cpu/kernels.h", "cpu/matmul.h",
