@@ -12,7 +12,7 @@ from llama import golden
 from llama.config import Head, Rope
 from llama.engine import Config, Model
 from llama.errors import LlamaError, one_line
-from llama.shrink import read_receipt
+from llama.receipt import read_receipt
 from llama.tokenizer import open_tokenizer
 
 HEADS = {
