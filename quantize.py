@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes a model file smaller: 8 or 4 bits a weight, with a receipt of what that lost."""
+"""Makes a model file smaller: 8 or 4 bits a weight, or the best mixture for a size or a loss, with
+a receipt of what that lost."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--calibrate", metavar="TEXT",
-        help="but for 8 bits: what the model runs on to learn which errors matter; a text file, self (what "
-        "it writes by itself) or none (default: self)",
+        help="what the model runs on to learn which errors matter (not for 8 bits): a text file, "
+        "self (what it writes by itself) or none (default: self)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration-tokens", type=int, metavar="N", help="how much of it (default: 8192)"

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
 
 from llama.calibrate import Calibration
 from llama.cli import say
@@ -87,7 +85,10 @@ def mix(
             return work.below(goal.max_kld)
         assert goal.size is not None
         over = probe.file_bytes - work.frontier.least_bytes
-        found = work.write(work.frontier.within(goal.size - over), math.inf)
+        chosen = work.frontier.within(goal.size - over)
+        if _size(chosen) == work.frontier.most_bytes:
+            say("each matrix is in its largest useful kind: more bytes would bring nothing")
+        found = work.write(chosen, math.inf)
         assert found is not None
         return found
 
@@ -106,7 +107,7 @@ def kinds_of(tensor: Tensor, head: Head) -> list[Kind]:
 def _scratch(out: Path) -> BinaryIO:
     """A file without a name beside OUT: it is gone however this process ends."""
     try:
-        return tempfile.TemporaryFile(dir=out.parent)  # type: ignore[return-value]
+        return tempfile.TemporaryFile(dir=out.parent)
     except OSError as error:
         raise LlamaError(f"{out}: cannot write: {error.strerror}") from None
 
@@ -125,7 +126,8 @@ class _Trial:
 
         self.model, self.scratch, self.threads = model, scratch, threads
         self.kinds = {t.name: few for t, few in zip(model.tensors, kinds, strict=True)}
-        self.rounded = {name for name, few in self.kinds.items() if few[0] == Kind.Q4}
+        self.rounded = {t.name for t in model.tensors
+                        if self.kinds[t.name][0] == Kind.Q4 != t.kind}  # fmt: skip
         self.places: dict[str, int] = {}  # of the blocks in SCRATCH
         self.losses: dict[str, float] = {}  # in 4 bits
         self.bar = tqdm(unit="pass", leave=False, disable=None, desc="measuring")
@@ -145,17 +147,18 @@ class _Trial:
                 sensitivity.embedding(EMBEDDING, lambda token: self._embed_blocks(blocks, token))
                 head = {EMBEDDING: blocks} if c.tied else {}
             self.bar.reset(sensitivity.steps())
+            found: dict[str, Blocks] = {}
+
+            def encode(name: str, factor: Floats, inputs: Floats) -> Blocks:
+                if name not in self.rounded:
+                    return self.encoder.whole(name, self.kinds[name][0], None, inputs)
+                found[name] = self._encode(name, factor, inputs)
+                return found[name]
+
             for number in range(c.n_layers):
-                found: dict[str, Blocks] = {}
-
-                def encode(name: str, factor: Floats, inputs: Floats) -> Blocks:
-                    if name not in self.rounded:
-                        return self.encoder.whole(name, self.kinds[name][0], None, inputs)
-                    found[name] = self._encode(name, factor, inputs)  # noqa: B023
-                    return found[name]  # noqa: B023
-
                 calibration.layer(encode)
                 sensitivity.layer(number, found)
+                found.clear()
             if "output.weight" in self.rounded:
                 head["output.weight"] = self._encode("output.weight", *calibration.head())
             self.losses = sensitivity.losses(head)
@@ -175,15 +178,15 @@ class _Trial:
             raise LlamaError(f"cannot keep {name} beside the file: {error.strerror}") from None
         return blocks
 
-    def _embed(self, token: int) -> NDArray[np.float32]:
-        return self.model.rows(self.encoder.places[EMBEDDING], token, 1)[0]
+    def _embed(self, token: int) -> Floats:
+        row: Floats = self.model.rows(self.encoder.places[EMBEDDING], token, 1)[0]
+        return row
 
-    def _embed_blocks(self, blocks: Blocks, token: int) -> NDArray[np.float32]:
-        columns = self.model.config.dim
-        size = matrix_bytes(blocks[0], TILE_ROWS, columns)
-        at = token // TILE_ROWS * size
-        data = np.ascontiguousarray(np.frombuffer(blocks[1], np.uint8)[at : at + size])
-        return untile(data, blocks[0], TILE_ROWS, columns)[token % TILE_ROWS]
+    def _embed_blocks(self, blocks: Blocks, token: int) -> Floats:
+        kind, columns = blocks[0], self.model.config.dim
+        strip = blocks[1].reshape(-1, matrix_bytes(kind, TILE_ROWS, columns))[token // TILE_ROWS]
+        row: Floats = untile(strip, kind, TILE_ROWS, columns)[token % TILE_ROWS]
+        return row
 
     def options(self) -> list[list[Option]]:
         """Of each tensor, in the file's order."""
@@ -262,7 +265,7 @@ class _Mixture:
         good: Sequence[Option] | None = None  # the smallest that was, and the largest that was not
         bad: Sequence[Option] | None = None
         aim = most
-        for number in range(TRIES):
+        for _ in range(TRIES):
             chosen = self.frontier.below(aim)
             if chosen in (good, bad):
                 break
@@ -274,19 +277,17 @@ class _Mixture:
             say(f"{_told(chosen)}: predicted {predicted:.2e}, measured {self.measured:.2e} nats, "
                 f"{'less than' if low else 'above'} {most:g}; another mixture")  # fmt: skip
             if not low and size == self.frontier.most_bytes:
-                raise LlamaError(
-                    f"--max-kld {most:g}: with each matrix in its largest kind "
-                    f"{self.measured:.3g} nats were measured, the smallest possible"
-                )
+                break
             good, bad = (chosen, bad) if low else (good, chosen)
             aim = predicted * most / self.measured * AIM if self.measured else 2 * aim
             if good is not None and bad is not None and not _loss(bad) > aim > _loss(good):
                 aim = math.sqrt(_loss(bad) * _loss(good))
-        if good is None:
-            good = self.frontier.within(self.frontier.most_bytes)
-        if (found := self.write(good, most)) is None:
-            raise LlamaError(f"--max-kld {most:g}: {self.measured:.3g} nats were measured with "
-                             "each matrix in its largest kind")  # fmt: skip
+        found = self.write(good or self.frontier.within(self.frontier.most_bytes), most)
+        if found is None:
+            raise LlamaError(
+                f"--max-kld {most:g}: with each matrix in its largest kind {self.measured:.3g} nats "
+                "were measured, the smallest possible"
+            )
         return found
 
 

@@ -89,8 +89,12 @@ class Receipt:
             if self.kinds:
                 kinds = [self.kinds[name] for name in names]
                 bits = sum(nominal_bits(kind) for kind in kinds) / len(kinds)
-                cells.append(f"{self.sizes[role] / 1e6:9,.1f} MB {bits:6.2f} bits  {drawn(kinds)}")
+                cells.append(f"{self.sizes[role] / 1e6:9,.2f} MB {bits:6.2f} bits  {drawn(kinds)}")
             yield " ".join(cells)
+        if self.losses:
+            total = sum(self.sizes.values()) / 1e6
+            cells = ["  all of it       ", *[" " * 8] * (1 + bool(self.outputs))]
+            yield " ".join([*cells, f"{self.predicted:9.1e} {total:9,.2f} MB"])
 
     def text(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

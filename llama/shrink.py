@@ -29,7 +29,7 @@ from llama.distance import measure
 from llama.engine import Floats, Model, Tensor
 from llama.errors import LlamaError
 from llama.exact import rounding
-from llama.format import Head, Record, TokenizerKind, Writer
+from llama.format import Head, Record, TokenizerKind, Writer, read
 from llama.plan import role
 from llama.quant import LAYOUTS, TILE_ROWS, Kind, matrix_bytes
 from llama.receipt import KEY, Receipt, room
@@ -233,6 +233,7 @@ class Encoder:
         self.model, self.threads, self._done = model, threads, done
         self.tensors = {tensor.name: tensor for tensor in model.tensors}
         self.places = {name: i for i, name in enumerate(self.tensors)}
+        self._records = read(model.path).records
         self.weights: dict[tuple[str, Kind], Squares] = {}
         self.outputs: dict[tuple[str, Kind], Squares] = {}
 
@@ -250,6 +251,9 @@ class Encoder:
         rows, columns = tensor.shape
         weights, outputs = Squares(), Squares()
         self.model.verify(index)
+        if kind == tensor.kind:
+            yield self._own(name)
+            rows = 0  # nothing is lost
         step = max(CHUNK_BYTES // (4 * columns) // TILE_ROWS, 1) * TILE_ROWS
         for first in range(0, rows, step):
             n = min(step, rows - first)
@@ -269,6 +273,14 @@ class Encoder:
         self.weights[name, kind] = weights
         if inputs is not None:
             self.outputs[name, kind] = outputs
+
+    def _own(self, name: str) -> bytearray:
+        """A matrix's blocks as the model has them."""
+        record = self._records[name]
+        with open(self.model.path, "rb") as file:
+            file.seek(record.offset)
+            self._done(record.n_bytes)
+            return bytearray(file.read(record.n_bytes))
 
     def whole(
         self, name: str, kind: Kind, factor: Floats | None = None, inputs: Floats | None = None
