@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-
 from llama.calibrate import Calibration
 from llama.cli import say
 from llama.config import Head
@@ -30,7 +29,7 @@ from llama.quant import TILE_ROWS, Kind, matrix_bytes, untile
 from llama.receipt import Receipt
 from llama.sensitivity import Sensitivity, sample, scaled
 from llama.shrink import Calibrate, Encoder, begin, finish, judge, read_texts, writer_of
-from llama.stages import Blocks, aligned
+from llama.stages import Blocks
 
 TRIES = 6  # mixtures that are written and measured, for --max-kld
 NEAR = 0.9  # of the promised distance: what comes as near is not tried to be smaller
@@ -285,8 +284,8 @@ class _Mixture:
         found = self.write(good or self.frontier.within(self.frontier.most_bytes), most)
         if found is None:
             raise LlamaError(
-                f"--max-kld {most:g}: with each matrix in its largest kind {self.measured:.3g} nats "
-                "were measured, the smallest possible"
+                f"--max-kld {most:g}: with each matrix in its largest kind "
+                f"{self.measured:.3g} nats were measured, the smallest possible"
             )
         return found
 

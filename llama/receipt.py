@@ -69,8 +69,8 @@ class Receipt:
                 yield f"from the source: {distance}"
         if self.rounding is not None:
             yield (
-                f"of that the engine's own rounding, --activations {self.activations}, alone: "
-                f"{self.rounding}"
+                f"measured with --activations {self.activations}; the engine's own rounding "
+                f"alone: {self.rounding}"
             )
 
     def _table(self) -> Iterator[str]:
