@@ -17,7 +17,7 @@ import numpy as np
 from llama.errors import LlamaError
 from llama.quant import Kind
 
-MOST_STEPS = 1 << 17  # of bytes; sizes with no common step so large are rounded up to it
+MOST_STEPS = 1 << 18  # of bytes; sizes with no common step so large are rounded up to it
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -67,7 +67,21 @@ class Frontier:
 
     def within(self, n_bytes: int) -> list[Option]:
         """An option for each tensor, least in loss, of N_BYTES at most (at least least_bytes)."""
-        return self._trace(min((n_bytes - self.least_bytes) // self._step, len(self._loss) - 1))
+        steps = (n_bytes - self.least_bytes) // self._step
+        found = self._trace(min(steps, len(self._loss) - 1))
+        left = n_bytes - sum(option.bytes for option in found)
+        while True:  # where sizes were rounded up, what that left over
+            better = [
+                (now.loss - more.loss, -i, more)
+                for i, (few, now) in enumerate(zip(self.options, found, strict=True))
+                for more in few[few.index(now) + 1 :]
+                if more.bytes - now.bytes <= left
+            ]
+            if not better:
+                return found
+            _, i, more = max(better, key=lambda entry: entry[:2])
+            left -= more.bytes - found[-i].bytes
+            found[-i] = more
 
     def below(self, loss: float) -> list[Option]:
         """The smallest choice that loses at most LOSS; where none does, what loses least."""

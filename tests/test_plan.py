@@ -58,13 +58,17 @@ def test_sizes_without_a_common_step(tensors: list[list[Option]], extra: int) ->
     finally:
         plan.MOST_STEPS = most
     budget = frontier.least_bytes + extra
-    size, loss = totals(frontier.within(budget))
+    chosen = frontier.within(budget)
+    size, loss = totals(chosen)
     step = math.ceil((frontier.most_bytes - frontier.least_bytes) / 50) * len(tensors)
     every = [totals(chosen) for chosen in itertools.product(*tensors)]
     assert size <= budget
     assert loss <= min(
         (loss for size, loss in every if size <= budget - step), default=math.inf
     )
+    for i, one in enumerate(chosen):  # and nothing that would help fits any more
+        for other in tensors[i]:
+            assert other.loss >= one.loss or size + other.bytes - one.bytes > budget
 
 
 def test_a_model_of_real_size() -> None:
