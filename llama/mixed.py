@@ -136,7 +136,7 @@ class _Trial:
         """Runs the model on TEXTS, to calibrate it and to see what each matrix does."""
         c = self.model.config
         inside = sum(math.prod(t.shape) for t in self.model.tensors if "layers." in t.name)
-        some = sample(texts, c.n_layers, inside)
+        some = sample(texts, c.n_layers, inside, c.n_outputs * c.dim)
         with self.bar, Calibration(self.model.path, texts, self.threads) as calibration:
             sensitivity = Sensitivity(calibration.engine, some, self._embed, self.threads,
                                       self.bar.update)  # fmt: skip

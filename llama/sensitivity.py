@@ -27,11 +27,13 @@ LEAST = 64
 BLOCK_LOGITS = 1 << 25  # that are there at once: 128 MiB
 
 
-def sample(texts: Sequence[Sequence[int]], n_layers: int, weights: int) -> list[list[int]]:
-    """The beginnings of some of TEXTS that a model of so many layers and WEIGHTS in them can
-    afford, from all over them."""
-    copies = len(MATRICES) * n_layers / 2 + 1  # that go through all layers, on average
-    n = int(min(MOST, max(LEAST, WORK / (copies * weights))))
+def sample(
+    texts: Sequence[Sequence[int]], n_layers: int, in_layers: int, in_head: int
+) -> list[list[int]]:
+    """The beginnings of some of TEXTS that a model of so many layers, and weights in them and in
+    its head, can afford; from all over them."""
+    copies = len(MATRICES) * n_layers  # that go through half of the layers, on average
+    n = int(min(MOST, max(LEAST, WORK / (copies * (in_layers / 2 + in_head)))))
     count = min(-(-n // LENGTH), len(texts))
     chosen = [texts[len(texts) * i // count] for i in range(count)]
     return [list(text[: min(LENGTH, -(-n // count))]) for text in chosen]
