@@ -37,7 +37,7 @@ from llama.shrink import Calibrate, shrink
 from llama.stages import aligned, multiply
 
 SHORT = Calibrate(tokens=300)
-MORE = Calibrate(tokens=2048)
+MORE = Calibrate(tokens=1024)
 
 
 def kinds(path: Path) -> dict[str, Kind]:
@@ -211,17 +211,17 @@ def test_a_size_is_kept(stories: Path, tmp_path: Path, ends: tuple[int, int]) ->
     for each step up."""
     least, _ = ends
     found: list[Receipt] = []
-    for n, size in enumerate((least, least + 30_000, least + 100_000, least + 250_000)):
+    for n, size in enumerate((least, least + 30_000, least + 250_000)):
         out = tmp_path / f"{n}.bin"
         receipt = mix(stories, out, Goal(size=size), calibrate=MORE)
         assert size - 20_000 < out.stat().st_size <= size and receipt.bytes_after <= size
         assert receipt.kinds == {name: kind.label for name, kind in kinds(out).items()}
         found.append(receipt)
     kl = [r.held_out.mean_kl for r in found if isinstance(r.held_out, Distance)]
-    assert kl == sorted(kl, reverse=True) and kl[3] < kl[0] / 10
+    assert kl == sorted(kl, reverse=True) and kl[2] < kl[0] / 10
     assert all(r.predicted / 2 < measured < 2 * r.predicted
                for r, measured in zip(found, kl, strict=True))  # fmt: skip
-    assert set(found[0].kinds.values()) == {"q4"} and len(set(found[2].kinds.values())) > 1
+    assert set(found[0].kinds.values()) == {"q4"} and len(set(found[1].kinds.values())) > 1
 
 
 def test_a_better_use_of_the_bytes(stories: Path, tmp_path: Path) -> None:
@@ -253,14 +253,14 @@ def test_a_better_use_of_the_bytes(stories: Path, tmp_path: Path) -> None:
             assert ours.mean_kl < theirs.mean_kl
 
 
-@pytest.mark.parametrize("most", [0.05, 0.01, 1e-3, 2e-5])
+@pytest.mark.parametrize("most", [0.02, 1e-3, 2e-5])
 def test_a_distance_is_kept(
     stories: Path, tmp_path: Path, most: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the file itself, on text that was not used, measured once more here."""
     out = tmp_path / "q.bin"
     receipt = mix(stories, out, Goal(max_kld=most), calibrate=MORE)
-    _, held_out = hold_out(texts_of(stories, 2048 + 2048 // 15))
+    _, held_out = hold_out(texts_of(stories, 1024 + 1024 // 15))
     found = measure(stories, out, texts=held_out, name="that text, held out")
     assert found == receipt.held_out and isinstance(found, Distance) and found.mean_kl <= most
     smallest = set(receipt.kinds.values()) == {"q4"}
