@@ -199,8 +199,8 @@ class _Trial:
                 size = -(-Record(tensor.name, kind, tensor.shape).size() // ALIGN) * ALIGN
                 lost = 0.0
                 if tensor.name in self.losses:
-                    one = errors[tensor.name, Kind.Q4].error
-                    lost = float(f"{scaled(loss, one, errors[tensor.name, kind].error):.4g}")
+                    shares = [errors[tensor.name, one].share for one in (Kind.Q4, kind)]
+                    lost = float(f"{scaled(loss, *shares):.4g}")
                 few.append(Option(kind, size, lost))
             found.append(few)
         return found

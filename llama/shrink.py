@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +212,28 @@ def _name_bad_weight(source: Path) -> None:
 
 @dataclass
 class Squares:
-    """Sums of squares: of what should be, and of the error."""
+    """Sums of squares, of what should be and of the error: one of each, or one for each input."""
 
-    size: float = 0.0
-    error: float = 0.0
+    size: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    error: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
     @property
     def relative(self) -> float:
         """Root mean square of the error over that of what should be."""
-        return float(f"{math.sqrt(self.error / self.size) if self.size else 0:.4g}")
+        size = self.size.sum()
+        return float(f"{math.sqrt(self.error.sum() / size) if size else 0:.4g}")
+
+    @property
+    def share(self) -> float:
+        """The mean over inputs of the error's square over that of what should be."""
+        there = self.size > 0
+        return float((self.error[there] / self.size[there]).sum() / len(self.size))
+
+
+def squares(rows: Floats) -> NDArray[np.float64]:
+    """Each row's sum of squares."""
+    found: NDArray[np.float64] = np.square(rows, dtype=np.float64).sum(axis=1)
+    return found
 
 
 class Encoder:
@@ -262,14 +275,14 @@ class Encoder:
                 index, first, n, kind, matrix_bytes(kind, n, columns), self.threads, factor
             )
             yield part
-            weights.size += loss.sum_squares
-            weights.error += loss.sum_squared_error
+            weights.size[0] += loss.sum_squares
+            weights.error[0] += loss.sum_squared_error
             if inputs is not None:
                 right = multiply(self.model, index, inputs, first, n, threads=self.threads)
                 ours = multiply(self.model, index, inputs, first, n,
                                 (kind, np.frombuffer(part, np.uint8)), self.threads)  # fmt: skip
-                outputs.size += float(np.square(right, dtype=np.float64).sum())
-                outputs.error += float(np.square(ours - right, dtype=np.float64).sum())
+                outputs.size = outputs.size + squares(right)
+                outputs.error = outputs.error + squares(ours - right)
             self._done(tensor.bytes * n // rows)
         self.weights[name, kind] = weights
         if inputs is not None:
