@@ -72,8 +72,10 @@ def calibration_of(bits: int | None, text: str | None, tokens: int | None) -> Ca
         raise LlamaError("--size and --max-kld measure on a text: --calibrate self, or a FILE")
     if bits not in (4, None) or text == "none":
         if tokens is not None or (text is not None and text != "none"):
-            raise LlamaError("--calibrate and --calibration-tokens are for --bits 4 with a text, "
-                             "--size and --max-kld")
+            raise LlamaError(
+                "--calibrate and --calibration-tokens are for --bits 4 with a text, "
+                "--size and --max-kld"
+            )
         return None
     file = None if text in (None, "self") else Path(str(text))
     return Calibrate(file, Calibrate.tokens if tokens is None else tokens)
@@ -123,9 +125,7 @@ def begin(model: Model, bits: int, command: str) -> Receipt:
                    source_sha256=model.fingerprint.hex(), command=command)  # fmt: skip
 
 
-def writer_of(
-    model: Model, out: Path, records: list[Record], command: str, force: bool
-) -> Writer:
+def writer_of(model: Model, out: Path, records: list[Record], command: str, force: bool) -> Writer:
     """For MODEL in other kinds, with room for golden answers and receipt."""
     name, data = model.tokenizer
     return Writer(
@@ -240,9 +240,7 @@ class Encoder:
     """MODEL's matrices become blocks; DONE hears of their bytes. What each lost in which kind is
     kept, of its weights and, where it was shown inputs, of what it yields."""
 
-    def __init__(
-        self, model: Model, threads: int | None, done: Callable[[int], object]
-    ) -> None:
+    def __init__(self, model: Model, threads: int | None, done: Callable[[int], object]) -> None:
         self.model, self.threads, self._done = model, threads, done
         self.tensors = {tensor.name: tensor for tensor in model.tensors}
         self.places = {name: i for i, name in enumerate(self.tensors)}

@@ -330,7 +330,7 @@ def test_other_heads(stories: Path, tmp_path: Path, head: Head) -> None:
         receipt = mix(source, tmp_path / "q.bin", Goal(size=size), calibrate=calibrate, force=True)
         assert isinstance(receipt.held_out, Deviation) and receipt.bytes_after <= size
         assert receipt.kinds.get("output.weight", "f32") == "f32"
-        assert receipt.held_out.relative_error ** 2 < 4 * receipt.predicted
+        assert receipt.held_out.relative_error**2 < 4 * receipt.predicted
         errors.append(receipt.held_out.relative_error)
     assert errors[1] < errors[0]
 

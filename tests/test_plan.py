@@ -63,9 +63,7 @@ def test_sizes_without_a_common_step(tensors: list[list[Option]], extra: int) ->
     step = math.ceil((frontier.most_bytes - frontier.least_bytes) / 50) * len(tensors)
     every = [totals(chosen) for chosen in itertools.product(*tensors)]
     assert size <= budget
-    assert loss <= min(
-        (loss for size, loss in every if size <= budget - step), default=math.inf
-    )
+    assert loss <= min((loss for size, loss in every if size <= budget - step), default=math.inf)
     for i, one in enumerate(chosen):  # and nothing that would help fits any more
         for other in tensors[i]:
             assert other.loss >= one.loss or size + other.bytes - one.bytes > budget
