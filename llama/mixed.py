@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from tqdm import tqdm
+
 from llama.calibrate import Calibration
 from llama.cli import say
 from llama.config import Head
@@ -121,8 +123,6 @@ class _Trial:
     def __init__(
         self, model: Model, kinds: Sequence[list[Kind]], scratch: BinaryIO, threads: int | None
     ) -> None:
-        from tqdm import tqdm
-
         self.model, self.scratch, self.threads = model, scratch, threads
         self.kinds = {t.name: few for t, few in zip(model.tensors, kinds, strict=True)}
         self.rounded = {t.name for t in model.tensors

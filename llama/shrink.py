@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from llama import golden
 from llama.calibrate import Calibration, hold_out, texts_of
@@ -138,8 +139,6 @@ def writer_of(model: Model, out: Path, records: list[Record], command: str, forc
 
 def bar_of(tensors: Sequence[Tensor]) -> Any:
     """Progress through the bytes of TENSORS."""
-    from tqdm import tqdm
-
     return tqdm(total=sum(tensor.bytes for tensor in tensors), unit="B", unit_scale=True,
                 leave=False, disable=None)  # fmt: skip
 
@@ -178,8 +177,6 @@ def finish(
 def read_texts(
     source: Path, calibrate: Calibrate, receipt: Receipt, threads: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    from tqdm import tqdm
-
     n = calibrate.tokens + calibrate.tokens // 15  # and what is held out
     with tqdm(total=n, unit="tok", leave=False, desc="writing texts",
               disable=True if calibrate.file else None) as bar:  # fmt: skip
