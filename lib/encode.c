@@ -211,19 +211,23 @@ static int refuse(const struct encoding *e) {
                 column, value, e->kind->name, (double)e->kind->limit);
 }
 
-int encode_check(const llama_tensor *t, size_t first, size_t n, const struct kind *kind,
-                 size_t out_bytes) {
+int encode_check(const struct file *file, size_t tensor, size_t first, size_t n, uint32_t kind,
+                 const size_t *bytes) {
+    if (tensor >= file->n_tensors) return fail("tensor %zu of %zu", tensor, file->n_tensors);
+    const llama_tensor *t = &file->tensors[tensor].is;
+    const struct kind *k = kind_find(kind);
+    if (!k) return fail("%s: no such kind of weights as %u", t->name, kind);
     if (t->n_dims != 2) return fail("%s is a vector: only matrices are quantised", t->name);
     if (first > t->shape[0] || n > t->shape[0] - first || first % TILE_ROWS ||
         (n % TILE_ROWS && first + n != t->shape[0]))
         return fail("%s: rows %zu to %zu of %zu do not make whole strips of %d", t->name, first,
                     first + n, (size_t)t->shape[0], TILE_ROWS);
-    if (kind->rotated && t->shape[1] % GROUP)
+    if (k->rotated && t->shape[1] % GROUP)
         return fail("%s: %zu columns are no whole groups of %d to rotate", t->name,
                     (size_t)t->shape[1], GROUP);
-    if (out_bytes != kind_matrix_bytes(kind, n, t->shape[1]))
-        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, out_bytes, n,
-                    (unsigned long long)kind_matrix_bytes(kind, n, t->shape[1]));
+    if (bytes && *bytes != kind_matrix_bytes(k, n, t->shape[1]))
+        return fail("%s: %zu bytes given for %zu rows, %llu needed", t->name, *bytes, n,
+                    (unsigned long long)kind_matrix_bytes(k, n, t->shape[1]));
     return 0;
 }
 

@@ -8,6 +8,7 @@
 #include "error.h"
 #include "model.h"
 #include "moments.h"
+#include "products.h"
 #include "rope.h"
 #include "sampler.h"
 #include <pthread.h>
@@ -129,12 +130,19 @@ int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t
                    const float *factor, int threads, void *out, size_t out_bytes,
                    llama_loss *loss) {
     if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
-    const struct kind *k = kind_find(kind);
     const struct file *f = &model->model.file;
-    if (tensor >= f->n_tensors) return fail("tensor %zu of %zu", tensor, f->n_tensors);
-    if (!k) return fail("llama_quantize: no such kind of weights");
-    if (encode_check(&f->tensors[tensor].is, first, n, k, out_bytes)) return -1;
-    return encode_rows(&f->tensors[tensor], first, n, k, factor, threads, out, loss);
+    if (encode_check(f, tensor, first, n, kind, &out_bytes)) return -1;
+    return encode_rows(&f->tensors[tensor], first, n, kind_find(kind), factor, threads, out, loss);
+}
+
+int llama_multiply(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
+                   const void *blocks, size_t block_bytes, const float *x, size_t n_x, int threads,
+                   float *y) {
+    if (!model || !x || !y) return fail("llama_multiply: an argument is NULL");
+    const struct file *f = &model->model.file;
+    if (encode_check(f, tensor, first, n, kind, blocks ? &block_bytes : NULL)) return -1;
+    return products_make(&f->tensors[tensor], first, n, kind_find(kind), blocks, x, n_x, threads,
+                         y);
 }
 
 int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int threads,

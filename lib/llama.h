@@ -144,6 +144,13 @@ int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t
                    const float *factor, int threads, void *out, size_t out_bytes,
                    llama_loss *loss);
 
+/* y (n_x, n): rows [first, first + n) of a matrix times the inputs x (n_x, columns), in f32
+ * whatever the kind. BLOCKS: those rows as llama_quantize gave them in KIND, BLOCK_BYTES of them,
+ * in their place; NULL: the model's own. The same for any number of threads. */
+int llama_multiply(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
+                   const void *blocks, size_t block_bytes, const float *x, size_t n_x, int threads,
+                   float *y);
+
 /* MOMENTS += X^T X for N inputs x (n, columns) of a matrix; with ROTATED not 0, as rotated kinds
  * meet them. Of MOMENTS (columns, columns), which begin as zeros, only the lower triangle is
  * written or read, here and below. The sums are the same for any number of threads. */

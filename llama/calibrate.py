@@ -31,7 +31,9 @@ SLOTS = 16  # texts that the model writes at once
 # What is encoded after each stage, in the order of llama_stage's blocks.
 STAGES = (("attention.wq", "attention.wk", "attention.wv"), ("attention.wo",),
           ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))  # fmt: skip
-Encode = Callable[[str, Floats], Blocks]  # a matrix's name and factor -> its blocks
+SAMPLE = 256  # inputs on which the products of encoded matrices are measured
+# a matrix's name, its factor, and some of its inputs (n, columns) -> its blocks
+Encode = Callable[[str, Floats, Floats], Blocks]
 
 
 # ---- texts
@@ -129,17 +131,17 @@ class Calibration:
     ) -> None:  # fmt: skip
         longest = max(map(len, texts))
         self.threads, self.rotated, self.next_layer = threads, rotated, 0
-        self._engine = Engine(source, threads=threads, kv="f32", max_seq_len=longest)
-        self.n_layers = self._engine.config.n_layers
-        index = [t.name for t in self._engine.model.tensors].index("tok_embeddings.weight")
+        self.engine = Engine(source, threads=threads, kv="f32", max_seq_len=longest)
+        self.n_layers = self.engine.config.n_layers
+        index = [t.name for t in self.engine.model.tensors].index("tok_embeddings.weight")
         rows = {
-            token: self._engine.model.rows(index, token, 1)[0]
+            token: self.engine.model.rows(index, token, 1)[0]
             for token in sorted({token for text in texts for token in text})
         }
         self._streams = [np.stack([rows[i] for i in text]) for text in texts]
 
     def close(self) -> None:
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> Calibration:
         return self
@@ -155,21 +157,21 @@ class Calibration:
         for stage, names in enumerate(STAGES):
             given = self._stage(number, stage, given, blocks)
             full = [f"layers.{number}.{name}.weight" for name in names]
-            factor = self._factor(given, full[0])
+            factor, some = self._factor(given, full[0]), _some(given)
             for name in full:
-                blocks[len(blocks)] = encode(name, factor)
+                blocks[len(blocks)] = encode(name, factor, some)
         self._stage(number, END, given, blocks)
 
-    def head(self) -> Floats:
-        """The factor of the output matrix, once all layers are through."""
+    def head(self) -> tuple[Floats, Floats]:
+        """The factor of the output matrix, once all layers are through, and some of its inputs."""
         inputs = self._stage(self.n_layers - 1, HEAD, self._streams, {})
-        return self._factor(inputs, "output.weight")
+        return self._factor(inputs, "output.weight"), _some(inputs)
 
     def _stage(
         self, layer: int, stage: int, given: list[Floats], blocks: dict[int, Blocks]
     ) -> list[Floats]:
         pairs = zip(self._streams, given, strict=True)
-        return [run_stage(self._engine, layer, stage, x, y, blocks) for x, y in pairs]
+        return [run_stage(self.engine, layer, stage, x, y, blocks) for x, y in pairs]
 
     def _factor(self, inputs: list[Floats], name: str) -> Floats:
         columns = inputs[0].shape[1]
@@ -180,3 +182,10 @@ class Calibration:
             add_moments(moments, x, self.threads, self.rotated and columns % GROUP == 0)
         factor_moments(moments, DAMPING, self.threads)
         return moments
+
+
+def _some(inputs: list[Floats]) -> Floats:
+    """Some of all texts' INPUTS, with equal gaps."""
+    places = [(i, j) for i, x in enumerate(inputs) for j in range(len(x))]
+    chosen = places[:: -(-len(places) // SAMPLE)]
+    return np.stack([inputs[i][j] for i, j in chosen])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -177,22 +177,23 @@ def measure(
                 f"compared, found {a.n_outputs} and {b.n_outputs}"
             )
         texts = texts or [page(engines[0])]
-        n = sum(map(len, texts))
-        if a.head != Head.LM:
-            return Deviation(n, _deviation(texts, engines), name)
-        kl, same = 0.0, 0
-        for ids in texts:
-            for _, pair in outputs(engines, ids, 0, len(ids)):
-                p, q = map(log_softmax, pair)
-                kl += float(divergence(p, q).sum())
-                same += int(same_token(p, q).sum())
-    return Distance(n, kl / n, same / n, name)
+        pairs = (pair for ids in texts for _, pair in outputs(engines, ids, 0, len(ids)))
+        return compare(pairs, a.head, sum(map(len, texts)), name)
 
 
-def _deviation(texts: Sequence[Sequence[int]], engines: Sequence[Engine]) -> float:
-    error, size = 0.0, 0.0
-    for ids in texts:
-        for _, (right, ours) in outputs(engines, ids, 0, len(ids)):
+def compare(
+    pairs: Iterable[Sequence[NDArray[np.float32]]], head: Head, n: int, name: str
+) -> Distance | Deviation:
+    """PAIRS are rows of what is right and of what is judged, N rows in all, of the text NAME."""
+    kl, same, error, size = 0.0, 0, 0.0, 0.0
+    for right, ours in pairs:
+        if head == Head.LM:
+            p, q = log_softmax(right), log_softmax(ours)
+            kl += float(divergence(p, q).sum())
+            same += int(same_token(p, q).sum())
+        else:
             error += float(np.square(ours - right, dtype=np.float64).sum())
             size += float(np.square(right, dtype=np.float64).sum())
-    return math.sqrt(error / size) if size else 0.0
+    if head == Head.LM:
+        return Distance(n, kl / n, same / n, name)
+    return Deviation(n, math.sqrt(error / size) if size else 0.0, name)

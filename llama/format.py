@@ -176,7 +176,7 @@ class Writer:
         self.file_bytes = end
 
     def __enter__(self) -> Writer:
-        self._refuse_existing()
+        self.refuse_existing()
         free = _free_bytes(self.path.parent)
         if free < self.file_bytes:
             raise LlamaError(
@@ -260,7 +260,8 @@ class Writer:
         except OSError as error:
             raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """LlamaError where the target may not be written over; entering asks too."""
         if self.path.is_dir():
             raise LlamaError(f"{self.path}: expected a file name, found a directory")
         if self.path.exists():
@@ -275,7 +276,7 @@ class Writer:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            self._refuse_existing()
+            self.refuse_existing()
             os.replace(self.temporary, self.path)
         except OSError as error:
             raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None

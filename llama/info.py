@@ -12,7 +12,7 @@ from llama import golden
 from llama.config import Head, Rope
 from llama.engine import Config, Model
 from llama.errors import LlamaError, one_line
-from llama.shrink import read_receipt
+from llama.receipt import read_receipt
 from llama.tokenizer import open_tokenizer
 
 HEADS = {
@@ -70,7 +70,9 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
     if "quantize.receipt" in meta:
         try:
             receipt = read_receipt(meta["quantize.receipt"])
-            yield "quantised", f"from {receipt.source} to {receipt.bits} bits"
+            yield "quantised", f"from {receipt.source} to " + (
+                f"{receipt.bits} bits" if receipt.bits else "a mixture of kinds"
+            )
             if receipt.command:
                 yield "", f"by {receipt.command}"
                 yield "", f"source's SHA-256, of all before its weights: {receipt.source_sha256}"

@@ -19,7 +19,7 @@ from llama.engine import Model, isa_names
 from llama.errors import LlamaError, one_line
 from llama.golden import Golden, Layer
 from llama.quant import Kind
-from llama.shrink import read_receipt
+from llama.receipt import read_receipt
 
 # How far apart two layers may be, as Layer.distance has it. On one CPU nothing may differ but the
 # cosines and sines of the system's C library. Those wrong in their last bit moved no layer of a

@@ -11,100 +11,35 @@ inputs hardly look.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from llama import golden, rotation
 from llama.calibrate import Calibration, hold_out, texts_of
 from llama.cli import say
-from llama.distance import Deviation, Distance, measure
-from llama.engine import Floats, Loss, Model, Tensor
+from llama.distance import measure
+from llama.engine import Floats, Model, Tensor
 from llama.errors import LlamaError
-from llama.format import Head, Record, TokenizerKind, Writer
-from llama.quant import TILE_ROWS, Kind, matrix_bytes
-from llama.stages import Blocks, aligned
+from llama.exact import rounding
+from llama.format import Head, Record, TokenizerKind, Writer, read
+from llama.plan import role
+from llama.quant import LAYOUTS, TILE_ROWS, Kind, matrix_bytes
+from llama.receipt import KEY, Receipt, room
+from llama.stages import Blocks, aligned, multiply
 
 BITS = {8: Kind.Q8, 4: Kind.Q4, 32: Kind.F32}  # 32: what the weights stand for, as floats
 KEEP_8_BITS = ("tok_embeddings.weight", "output.weight")
 CHUNK_BYTES = 1 << 24  # of weights as float32
 OWN = "texts that the model wrote by itself"
-WORST = 5  # tensors that the printed receipt names
-
-
-@dataclass
-class Receipt:
-    """What a quantised file says of itself; stored as JSON under quantize.receipt."""
-
-    source: str
-    bits: int
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float  # all of the file's tensor data, padding included
-    errors: dict[str, float]  # by tensor: root mean square of the error over that of the weights
-    distance: Distance | Deviation | None = None
-    source_sha256: str = ""  # of the source's header, in which its tensors' checksums stand
-    command: str = ""
-    calibration: str = "none"  # the text's name
-    calibration_tokens: int = 0
-    held_out: Distance | Deviation | None = None  # from the source, on a part of that text
-
-    def by_role(self) -> dict[str, float]:
-        """The errors' means by what the tensors do: "attention.wq", "output"."""
-        groups: dict[str, list[float]] = defaultdict(list)
-        for name, error in self.errors.items():
-            groups[".".join(p for p in name.split(".")[:-1] if p != "layers" and not p.isdigit())
-                   ].append(error)  # fmt: skip
-        return {role: sum(errors) / len(errors) for role, errors in groups.items()}
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
-        smaller = before >= after
-        times = before / after if smaller else after / before
-        yield (
-            f"{before:,.1f} MB -> {after:,.1f} MB ({times:.2f} times "
-            f"{'smaller' if smaller else 'larger'}), {self.bits_per_weight:.2f} bits a weight"
-        )
-        yield "relative error of the weights (rms), by kind of tensor:"
-        for role, error in self.by_role().items():
-            yield f"  {role:<20} {100 * error:6.3f}%"
-        worst = sorted(self.errors.items(), key=lambda entry: -entry[1])[:WORST]
-        yield "largest: " + ", ".join(f"{name} {100 * error:.3f}%" for name, error in worst)
-        if self.calibration_tokens:
-            yield (
-                f"calibrated with {self.calibration_tokens:,} tokens of {self.calibration}, which "
-                "makes the weights' errors larger and those of the answers smaller"
-            )
-        for distance in (self.held_out, self.distance):
-            if distance is not None:
-                yield f"from the source: {distance}"
-
-    def text(self) -> str:
-        return json.dumps(asdict(self))
-
-
-def read_receipt(text: object) -> Receipt:
-    """The receipt in a file's meta, which may be anyone's; LlamaError if it is none."""
-    try:
-        entry = json.loads(str(text))
-        names = {field.name for field in fields(Receipt)}  # a later version may say more
-        receipt = Receipt(**{name: value for name, value in entry.items() if name in names})
-        for name in ("distance", "held_out"):
-            if (found := getattr(receipt, name)) is not None:
-                setattr(receipt, name, (Distance if "mean_kl" in found else Deviation)(**found))
-        list(receipt.lines())
-        return receipt
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise LlamaError("quantize.receipt cannot be read") from None
 
 
 def plan(tensors: list[Tensor], bits: int, head: Head = Head.LM) -> list[Record]:
@@ -130,13 +65,18 @@ class Calibrate:
     tokens: int = 8192
 
 
-def calibration_of(bits: int, text: str | None, tokens: int | None) -> Calibrate | None:
-    """quantize.py's two flags, where they make sense."""
+def calibration_of(bits: int | None, text: str | None, tokens: int | None) -> Calibrate | None:
+    """quantize.py's two flags, where they make sense; BITS None: a mixture."""
     if tokens is not None and not 64 <= tokens <= 1 << 20:
         raise LlamaError(f"--calibration-tokens is {tokens}, expected 64 to {1 << 20}")
-    if bits != 4 or text == "none":
+    if bits is None and text == "none":
+        raise LlamaError("--size and --max-kld measure on a text: --calibrate self, or a FILE")
+    if bits not in (4, None) or text == "none":
         if tokens is not None or (text is not None and text != "none"):
-            raise LlamaError("--calibrate and --calibration-tokens are for --bits 4 with a text")
+            raise LlamaError(
+                "--calibrate and --calibration-tokens are for --bits 4 with a text, "
+                "--size and --max-kld"
+            )
         return None
     file = None if text in (None, "self") else Path(str(text))
     return Calibrate(file, Calibrate.tokens if tokens is None else tokens)
@@ -161,20 +101,12 @@ def shrink(
             raise LlamaError(f"{source}: is in {model.config.dtype} already{above}")
         if rotate or (rotate is None and rotation.pays(model, records, threads)):
             records = rotation.rotated(records)
-        receipt = Receipt(source.name, bits, model.config.file_bytes, 0, 0.0, {},
-                          source_sha256=model.fingerprint.hex(), command=command)  # fmt: skip
-        name, data = model.tokenizer
-        room = " " * (4096 + 12 * len(command) + sum(len(t.name) + 40 for t in tensors))
-        writer = Writer(
-            out, model.config, records, tokenizer=(TokenizerKind[name.upper()], data),
-            meta={**model.meta, golden.KEY: golden.room(model.config), "quantize.receipt": room},
-            force=force,
-        )  # fmt: skip
-        with writer, ExitStack() as stack:
+        receipt = begin(model, bits, command)
+        with writer_of(model, out, records, command, force) as writer, ExitStack() as stack:
             calibration: Calibration | None = None
             held_out: list[list[int]] = []
             if calibrate is not None and bits == 4:
-                texts, held_out = _texts(source, calibrate, receipt, threads)
+                texts, held_out = read_texts(source, calibrate, receipt, threads)
                 if texts:
                     rotated = any(record.kind.rotated for record in records)
                     calibration = stack.enter_context(
@@ -182,25 +114,75 @@ def shrink(
                     )
                 else:
                     say("not calibrated: only a language model writes texts; --calibrate FILE")
-            _Work(model, writer, receipt, threads, calibration).convert()
-            weights = sum(math.prod(t.shape) for t in tensors)
-            receipt.bytes_after = writer.file_bytes
-            receipt.bits_per_weight = 8 * sum(r.size() for r in records) / weights
+            with bar_of(tensors) as bar:
+                encoder = Encoder(model, threads, bar.update)
+                _convert(encoder, writer, calibration)
             writer.seal()
-            receipt.distance = measure(source, writer.temporary, threads)
-            if held_out:
-                receipt.held_out = measure(source, writer.temporary, threads, texts=held_out,
-                                           name="that text, held out")  # fmt: skip
-            writer.set_text("quantize.receipt", receipt.text())
-            golden.store(writer, source, threads, say)
+            judge(writer, source, receipt, held_out, threads)
+            finish(writer, source, receipt, encoder, threads)
     return receipt
 
 
-def _texts(
+# ---- the steps, which a mixture of kinds (mixed.py) takes too
+
+
+def begin(model: Model, bits: int, command: str) -> Receipt:
+    """The receipt before anything was done."""
+    return Receipt(model.path.name, bits, model.config.file_bytes, 0, 0.0, {},
+                   source_sha256=model.fingerprint.hex(), command=command)  # fmt: skip
+
+
+def writer_of(model: Model, out: Path, records: list[Record], command: str, force: bool) -> Writer:
+    """For MODEL in other kinds, with room for golden answers and receipt."""
+    name, data = model.tokenizer
+    return Writer(
+        out, model.config, records, tokenizer=(TokenizerKind[name.upper()], data),
+        meta={**model.meta, golden.KEY: golden.room(model.config),
+              KEY: room([r.name for r in records if len(r.shape) == 2], command)},
+        force=force,
+    )  # fmt: skip
+
+
+def bar_of(tensors: Sequence[Tensor]) -> Any:
+    """Progress through the bytes of TENSORS."""
+    return tqdm(total=sum(tensor.bytes for tensor in tensors), unit="B", unit_scale=True,
+                leave=False, disable=None)  # fmt: skip
+
+
+def judge(
+    writer: Writer, source: Path, receipt: Receipt, held_out: list[list[int]], threads: int | None
+) -> None:
+    """How far the sealed file is from SOURCE on texts that were HELD_OUT, if any were."""
+    if held_out:
+        receipt.held_out = measure(source, writer.temporary, threads, texts=held_out,
+                                   name="that text, held out")  # fmt: skip
+
+
+def finish(
+    writer: Writer, source: Path, receipt: Receipt, encoder: Encoder, threads: int | None
+) -> None:
+    """The rest of the RECEIPT, and golden answers, go into the sealed file."""
+    matrices = [record for record in writer.records if len(record.shape) == 2]
+    receipt.bytes_after = writer.file_bytes
+    weights = sum(math.prod(record.shape) for record in writer.records)
+    receipt.bits_per_weight = 8 * sum(r.size() for r in writer.records) / weights
+    receipt.kinds = {record.name: record.kind.label for record in matrices}
+    receipt.sizes = dict.fromkeys(map(role, receipt.kinds), 0)
+    for record in matrices:
+        receipt.sizes[role(record.name)] += record.n_bytes
+    for losses, into in ((encoder.weights, receipt.errors), (encoder.outputs, receipt.outputs)):
+        into.update({r.name: losses[r.name, r.kind].relative for r in matrices
+                     if (r.name, r.kind) in losses})  # fmt: skip
+    receipt.distance = measure(source, writer.temporary, threads)
+    if any(LAYOUTS[record.kind].columns > 1 for record in matrices):
+        receipt.rounding, receipt.activations = rounding(writer.temporary, threads)
+    writer.set_text(KEY, receipt.text())
+    golden.store(writer, source, threads, say)
+
+
+def read_texts(
     source: Path, calibrate: Calibrate, receipt: Receipt, threads: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    from tqdm import tqdm
-
     n = calibrate.tokens + calibrate.tokens // 15  # and what is held out
     with tqdm(total=n, unit="tok", leave=False, desc="writing texts",
               disable=True if calibrate.file else None) as bar:  # fmt: skip
@@ -231,74 +213,121 @@ def _name_bad_weight(source: Path) -> None:
                     raise LlamaError(f"{tensor.name}: weight ({place}) is {value}")
 
 
-class _Work:
-    """The tensors on their way from MODEL to WRITER, in the file's order."""
+@dataclass
+class Squares:
+    """Sums of squares, of what should be and of the error: one of each, or one for each input."""
 
-    def __init__(
-        self, model: Model, writer: Writer, receipt: Receipt, threads: int | None,
-        calibration: Calibration | None,
-    ) -> None:  # fmt: skip
-        from tqdm import tqdm
+    size: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    error: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
-        self.model, self.writer, self.receipt, self.threads = model, writer, receipt, threads
-        self.calibration = calibration
-        self.places = {record.name: i for i, record in enumerate(writer.records)}
-        self.tensors = model.tensors
-        self.ready: dict[str, NDArray[np.uint8]] = {}  # of a layer: blocks that are not written
-        self.bar = tqdm(total=sum(tensor.bytes for tensor in self.tensors), unit="B",
-                        unit_scale=True, leave=False, disable=None)  # fmt: skip
+    @property
+    def relative(self) -> float:
+        """Root mean square of the error over that of what should be."""
+        size = self.size.sum()
+        return float(f"{math.sqrt(self.error.sum() / size) if size else 0:.4g}")
 
-    def convert(self) -> None:
-        with self.bar:
-            for name, index in self.places.items():
-                tensor = self.tensors[index]
-                if len(tensor.shape) == 1:
-                    self.model.verify(index)
-                    self.writer.write(name, self.model.rows(index))
-                    self.bar.update(tensor.bytes)
-                elif self.calibration is not None and name.startswith("layers."):
-                    while name not in self.ready:
-                        self.calibration.layer(self.encode_layer)
-                    self.writer.write(name, self.ready.pop(name).tobytes())
-                else:
-                    for blocks in self.encode(name):
-                        self.writer.write(name, blocks)
+    @property
+    def share(self) -> float:
+        """The mean over inputs of the error's square over that of what should be."""
+        there = self.size > 0
+        return float((self.error[there] / self.size[there]).sum() / len(self.size))
 
-    def encode_layer(self, name: str, factor: Floats) -> Blocks:
-        record = self.writer.records[self.places[name]]
-        blocks = aligned(record.size())
-        at = 0
-        for part in self.encode(name, factor):
-            blocks[at : at + len(part)] = np.frombuffer(part, np.uint8)
+
+def squares(rows: Floats) -> NDArray[np.float64]:
+    """Each row's sum of squares."""
+    found: NDArray[np.float64] = np.square(rows, dtype=np.float64).sum(axis=1)
+    return found
+
+
+class Encoder:
+    """MODEL's matrices become blocks; DONE hears of their bytes. What each lost in which kind is
+    kept, of its weights and, where it was shown inputs, of what it yields."""
+
+    def __init__(self, model: Model, threads: int | None, done: Callable[[int], object]) -> None:
+        self.model, self.threads, self._done = model, threads, done
+        self.tensors = {tensor.name: tensor for tensor in model.tensors}
+        self.places = {name: i for i, name in enumerate(self.tensors)}
+        self._records = read(model.path).records
+        self.weights: dict[tuple[str, Kind], Squares] = {}
+        self.outputs: dict[tuple[str, Kind], Squares] = {}
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        self.model.verify(self.places[name])
+        self._done(self.tensors[name].bytes)
+        return self.model.rows(self.places[name])
+
+    def blocks(
+        self, name: str, kind: Kind, factor: Floats | None = None, inputs: Floats | None = None
+    ) -> Iterator[bytearray]:
+        """A matrix's blocks, some rows at a time. FACTOR is for error feedback; INPUTS (n, columns)
+        are some of those that it meets."""
+        index, tensor = self.places[name], self.tensors[name]
+        rows, columns = tensor.shape
+        weights, outputs = Squares(), Squares()
+        if not any(key[0] == name for key in self.weights):  # reading it once is enough
+            self.model.verify(index)
+        if kind == tensor.kind:
+            yield self._own(name)
+            rows = 0  # nothing is lost
+        step = max(CHUNK_BYTES // (4 * columns) // TILE_ROWS, 1) * TILE_ROWS
+        for first in range(0, rows, step):
+            n = min(step, rows - first)
+            part, loss = self.model.quantize(
+                index, first, n, kind, matrix_bytes(kind, n, columns), self.threads, factor
+            )
+            yield part
+            weights.size[0] += loss.sum_squares
+            weights.error[0] += loss.sum_squared_error
+            if inputs is not None:
+                right = multiply(self.model, index, inputs, first, n, threads=self.threads)
+                ours = multiply(self.model, index, inputs, first, n,
+                                (kind, np.frombuffer(part, np.uint8)), self.threads)  # fmt: skip
+                outputs.size = outputs.size + squares(right)
+                outputs.error = outputs.error + squares(ours - right)
+            self._done(tensor.bytes * n // rows)
+        self.weights[name, kind] = weights
+        if inputs is not None:
+            self.outputs[name, kind] = outputs
+
+    def _own(self, name: str) -> bytearray:
+        """A matrix's blocks as the model has them."""
+        record = self._records[name]
+        with open(self.model.path, "rb") as file:
+            file.seek(record.offset)
+            self._done(record.n_bytes)
+            return bytearray(file.read(record.n_bytes))
+
+    def whole(
+        self, name: str, kind: Kind, factor: Floats | None = None, inputs: Floats | None = None
+    ) -> Blocks:
+        """All of a matrix's blocks, where kernels can read them."""
+        found, at = aligned(matrix_bytes(kind, *self.tensors[name].shape)), 0
+        for part in self.blocks(name, kind, factor, inputs):
+            found[at : at + len(part)] = np.frombuffer(part, np.uint8)
             at += len(part)
-        self.ready[name] = blocks
-        return record.kind, blocks
-
-    def encode(self, name: str, factor: Floats | None = None) -> Iterator[bytearray]:
-        """A matrix's blocks, some rows at a time; what they lose goes into the receipt."""
-        index = self.places[name]
-        tensor, record, loss = self.tensors[index], self.writer.records[index], Loss(0, 0, 0)
-        self.model.verify(index)
-        for first, n in _chunks(record):
-            size = matrix_bytes(record.kind, n, record.columns)
-            blocks, part = self.model.quantize(
-                index, first, n, record.kind, size, self.threads, factor
-            )
-            yield blocks
-            loss = Loss(
-                loss.sum_squares + part.sum_squares,
-                loss.sum_squared_error + part.sum_squared_error,
-                max(loss.max_error, part.max_error),
-            )
-            self.bar.update(tensor.bytes * n // record.rows)
-        error = math.sqrt(loss.sum_squared_error / loss.sum_squares) if loss.sum_squares else 0
-        self.receipt.errors[name] = float(f"{error:.4g}")
+        return kind, found
 
 
-def _chunks(record: Record) -> Iterator[tuple[int, int]]:
-    step = max(CHUNK_BYTES // (4 * record.columns) // TILE_ROWS, 1) * TILE_ROWS
-    for first in range(0, record.rows, step):
-        yield first, min(step, record.rows - first)
+def _convert(encoder: Encoder, writer: Writer, calibration: Calibration | None) -> None:
+    """All tensors on their way from the model to WRITER, in the file's order."""
+    kinds = {record.name: record.kind for record in writer.records}
+    ready: dict[str, Blocks] = {}  # of a layer: what is not written yet
+
+    def encode(name: str, factor: Floats, inputs: Floats) -> Blocks:
+        ready[name] = encoder.whole(name, kinds[name], factor, inputs)
+        return ready[name]
+
+    for record in writer.records:
+        name = record.name
+        if len(record.shape) == 1:
+            writer.write(name, encoder.vector(name))
+        elif calibration is not None and name.startswith("layers."):
+            while name not in ready:
+                calibration.layer(encode)
+            writer.write(name, ready.pop(name)[1].tobytes())
+        else:
+            for blocks in encoder.blocks(name, record.kind):
+                writer.write(name, blocks)
 
 
 def report(receipt: Receipt, out: Path) -> None:

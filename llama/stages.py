@@ -1,4 +1,4 @@
-"""What calibration asks of the C library: a layer in stages, and the moments of inputs.
+"""What calibration asks of the C library: a layer in stages, the moments of inputs, products.
 
 lib/llama.h is the manual; here arrays become pointers and back.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama._lib import check, ffi, lib
-from llama.engine import Engine, Floats
+from llama.engine import Engine, Floats, Model
 from llama.errors import LlamaError
 from llama.quant import Kind
 
@@ -45,6 +45,25 @@ def run_stage(
         s.kinds[place], s.blocks[place] = int(kind), alive[-1]
     check(lib.llama_run_stage(engine.handle, s))
     return inputs
+
+
+def multiply(
+    model: Model, index: int, x: Floats, first: int = 0, n: int | None = None,
+    blocks: Blocks | None = None, threads: int | None = None,
+) -> Floats:  # fmt: skip
+    """(n_x, n): rows [first, first + n) of MODEL's tensor INDEX, or the BLOCKS that stand for these
+    rows, times X (n_x, columns), in f32 whatever the kind. N None: all that follow."""
+    rows, columns = model.tensors[index].shape
+    n = rows - first if n is None else n
+    if x.shape[1:] != (columns,) or n < 0:
+        raise LlamaError(f"inputs of {columns} columns for {n} rows: found shape {x.shape}")
+    y = np.empty((len(x), n), np.float32)
+    kind, data = blocks or (Kind.F32, np.empty(0, np.uint8))
+    check(lib.llama_multiply(model.handle, index, first, n, int(kind),
+                             ffi.from_buffer(data) if blocks else ffi.NULL, len(data),
+                             ffi.from_buffer("float[]", x), len(x), threads or 0,
+                             ffi.from_buffer("float[]", y)))  # fmt: skip
+    return y
 
 
 def add_moments(

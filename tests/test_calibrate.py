@@ -22,7 +22,8 @@ from llama.distance import Deviation, Distance, measure
 from llama.engine import Model
 from llama.errors import LlamaError
 from llama.quant import HADAMARD, Kind, matrix_bytes, tile, untile
-from llama.shrink import Calibrate, read_receipt, shrink
+from llama.receipt import read_receipt
+from llama.shrink import Calibrate, shrink
 from llama.stages import add_moments, aligned, factor_moments
 
 Matrix = np.ndarray
@@ -270,7 +271,7 @@ class Same:
         self.tensors = format.read(path).tensors
         self.moments: dict[str, Matrix] = {}
 
-    def __call__(self, name: str, factor: Matrix) -> tuple[Kind, Matrix]:
+    def __call__(self, name: str, factor: Matrix, inputs: Matrix) -> tuple[Kind, Matrix]:
         self.moments[name] = product(factor)
         data = tile(self.tensors[name], Kind.F32).reshape(-1).view(np.uint8)
         blocks = aligned(data.size)
@@ -317,7 +318,7 @@ def test_inputs_are_those_of_transformers(tmp_path: Path, shape: Config) -> None
     with Calibration(tmp_path / "m.bin", texts) as calibration:
         for _ in range(shape.n_layers):
             calibration.layer(same)
-        same.moments["output.weight"] = product(calibration.head())
+        same.moments["output.weight"] = product(calibration.head()[0])
     assert same.moments.keys() == seen.keys()
     for name, right in seen.items():
         right += DAMPING * np.diag(right).mean() * np.eye(len(right))
@@ -335,7 +336,7 @@ def test_encoded_matrices_are_used(tmp_path: Path) -> None:
     with Calibration(path, [text]) as calibration:
         for _ in range(2):
             calibration.layer(same)
-        found = product(calibration.head())
+        found = product(calibration.head()[0])
     x = same.tensors["tok_embeddings.weight"][text].astype(np.float64)
     x *= same.tensors["norm.weight"] / np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-5)
     right = x.T @ x

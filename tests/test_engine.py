@@ -617,6 +617,7 @@ def test_null_arguments_are_refused(path: Path) -> None:
         (lib.llama_read_rows, null, 0, 0, 1, ffi.new("float[24]")),
         (lib.llama_read_rows, model[0], 0, 0, 1, null),
         (lib.llama_quantize, model[0], 0, 0, 16, 3, null, 1, null, 544, ffi.new("llama_loss *")),
+        (lib.llama_multiply, null, 0, 0, 16, 0, null, 0, ffi.new("float *"), 1, 1, null),
         (lib.llama_add_moments, null, 1, 1, 0, 1, ffi.new("float *")),
         (lib.llama_add_moments, ffi.new("float *"), 1, 1, 0, 1, null),
         (lib.llama_factor_moments, null, 1, 0.1, 1),

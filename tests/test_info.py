@@ -19,7 +19,8 @@ from llama.config import Config, Head, Rope
 from llama.errors import LlamaError
 from llama.format import TokenizerKind
 from llama.info import WIDTH, describe
-from llama.shrink import read_receipt, shrink
+from llama.receipt import read_receipt
+from llama.shrink import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Config(

@@ -217,7 +217,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--bits", "5"), "invalid choice: 5"),
         (("--bits", "8", "--bin", "no.bin"), "no.bin: No such file"),
         (("--bits", "8", "--bin", "."), "is a directory"),
-        (("--bits", "8", "--size", "3"), "there is no --size"),
+        (("--bits", "8", "--sizes", "3"), "there is no --sizes, but --size"),
     ],
 )
 def test_bad_words_are_one_line(words: tuple[str, ...], says: str) -> None:
