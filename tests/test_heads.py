@@ -321,7 +321,8 @@ def test_smaller_kinds(tmp_path: Path, head: Head) -> None:
             receipt = shrink(tmp_path / "f16.bin", path, int(dtype[1:]))
             assert "output.weight" not in receipt.errors or receipt.errors["output.weight"] == 0
             said = [line for line in receipt.lines() if "relative error of the outputs" in line]
-            assert len(said) == 1
+            assert len(said) == 2 and said[0].startswith("from the source: ")
+            assert "the engine's own rounding alone: " in said[1]
             assert json.loads(receipt.text())["distance"]["relative_error"] > 0
         else:
             checkpoints.export(tmp_path / "hf", path, dtype=dtype, say=lambda line: None)
