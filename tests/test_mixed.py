@@ -105,7 +105,7 @@ def test_products(tmp_path: Path, kind: Kind) -> None:
     """By numpy in float64, of rows of a file and of blocks in their place, for any threads."""
     path = small_models.of_kind(tmp_path, SHAPE, kind)
     rows = format.read(path).tensors["output.weight"].astype(np.float64)
-    x = np.random.default_rng(0).normal(size=(21, 40)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(21, rows.shape[1])).astype(np.float32)
     with Model(path) as model:
         index = [t.name for t in model.tensors].index("output.weight")
         for first, n in ((0, 45), (0, 32), (32, 13), (16, 0), (0, 0)):
@@ -227,7 +227,7 @@ def test_a_size_is_kept(stories: Path, tmp_path: Path, ends: tuple[int, int]) ->
     assert kl == sorted(kl, reverse=True) and kl[2] < kl[0] / 10
     assert all(r.predicted / 2 < measured < 2 * r.predicted
                for r, measured in zip(found, kl, strict=True))  # fmt: skip
-    assert set(found[0].kinds.values()) == {"q4"} and len(set(found[1].kinds.values())) > 1
+    assert set(found[0].kinds.values()) <= {"q4", "q4r"} and len(set(found[1].kinds.values())) > 1
 
 
 def test_a_better_use_of_the_bytes(stories: Path, tmp_path: Path) -> None:
@@ -298,11 +298,12 @@ def test_a_mixture_may_be_shrunk_again(stories: Path, tmp_path: Path) -> None:
     mix(stories, tmp_path / "a.bin", Goal(size=260_000), calibrate=SHORT)
     shrink(tmp_path / "a.bin", tmp_path / "b.bin", 4, calibrate=SHORT)
     before, after = kinds(tmp_path / "a.bin"), kinds(tmp_path / "b.bin")
-    assert Kind.Q8 in before.values() and Kind.Q4 in before.values()
+    four, eight = {Kind.Q4, Kind.Q4R}, {Kind.Q8, Kind.Q8R}
+    assert eight & set(before.values()) and four & set(before.values())
     a, b = format.read(tmp_path / "a.bin").tensors, format.read(tmp_path / "b.bin").tensors
     for name, kind in before.items():
         layers = name.startswith("layers.")
-        assert after[name] == (Kind.Q4 if layers else kind)
+        assert after[name] in (four if layers else {kind})
         assert np.array_equal(a[name], b[name]) == (kind == after[name])
 
 
