@@ -113,9 +113,9 @@ def test_products(tmp_path: Path, kind: Kind) -> None:
             found = [multiply(model, index, x, first, n, threads=t) for t in (1, 2, 3)]
             assert np.allclose(found[0], right, atol=1e-5)
             assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
-        blocks, _ = model.quantize(index, 16, 29, Kind.Q4, matrix_bytes(Kind.Q4, 29, 40))
+        blocks, _ = model.quantize(index, 16, 29, Kind.Q4, matrix_bytes(Kind.Q4, 29, rows.shape[1]))
         data = Kind.Q4, np.frombuffer(blocks, np.uint8)
-        decoded_ = format.untile(data[1], Kind.Q4, 29, 40)
+        decoded_ = format.untile(data[1], Kind.Q4, 29, rows.shape[1])
         assert np.allclose(multiply(model, index, x, 16, 29, data), x @ decoded_.T, atol=1e-5)
         for bad in ((x[:, :39], 0, 45, None), (x, 0, 46, None), (x, 8, 16, None),
                     (x, 0, 16, data), (x, 50, None, None)):  # fmt: skip
