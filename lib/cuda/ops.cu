@@ -25,9 +25,10 @@ __device__ float weight(const device_matrix &m, int row, int c) {
     const uint8_t *strip = m.data + (size_t)(row / TILE_ROWS) * m.strip_bytes;
     const int r = row % TILE_ROWS, in = c % GROUP;
     if (kind == LLAMA_F32) return ((const float *)strip)[(size_t)c * TILE_ROWS + r];
-    const uint16_t half = ((const uint16_t *)strip)[(size_t)c * TILE_ROWS + r];
-    if (kind == LLAMA_F16) return half_to_float(half);
-    if (kind == LLAMA_BF16) return __uint_as_float((unsigned)half << 16);
+    if (kind == LLAMA_F16 || kind == LLAMA_BF16) {
+        const uint16_t bits = ((const uint16_t *)strip)[(size_t)c * TILE_ROWS + r];
+        return kind == LLAMA_F16 ? half_to_float(bits) : __uint_as_float((unsigned)bits << 16);
+    }
     if (kind == LLAMA_Q8) {
         const block_q8 *b = (const block_q8 *)strip + c / GROUP;
         return half_to_float(b->d[r]) * (float)b->q[in / 4][r][in % 4];
