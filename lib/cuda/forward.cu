@@ -295,28 +295,26 @@ int long_step(part *p, size_t done) {
     return 0;
 }
 
-/* Where the next results go, or NULL with the reason. */
-float *run_part(part *p, size_t done, float *out) {
+/* OUT NULL: logits stay where they are. */
+int run_part(part *p, size_t done, float *out) {
     struct cuda *c = p->c;
     const llama_config *f = &c->model->config;
-    if (send_batch(p)) return nullptr;
+    if (send_batch(p)) return -1;
     const bool whole = !p->rows->stream && p->shape.wanted <= LOGIT_ROWS;
-    if (!whole && long_step(p, done)) return nullptr;
-    if (whole && p->shape.n <= GRAPH_ROWS && graph_step(p)) return nullptr;
+    if (!whole && long_step(p, done)) return -1;
+    if (whole && p->shape.n <= GRAPH_ROWS && graph_step(p)) return -1;
     if (whole && p->shape.n > GRAPH_ROWS) whole_step(p);
     const size_t width = p->shape.hidden ? f->dim : f->n_outputs;
     for (int i = 0; i < p->shape.wanted; i += LOGIT_ROWS) {
         const int n = p->shape.wanted - i < LOGIT_ROWS ? p->shape.wanted - i : LOGIT_ROWS;
         if (!whole) logits(p, i, n);
+        if (!out) continue; // they stay
         if (fetch(p, out, p->shape.hidden ? c->gathered : c->logits, (size_t)n * width))
-            return nullptr;
+            return -1;
         out += (size_t)n * width;
     }
-    if (cuda_check(p->error, "launching a step")) {
-        cudaStreamSynchronize(c->stream);
-        return nullptr;
-    }
-    return cuda_check(cudaStreamSynchronize(c->stream), "computing a step") ? nullptr : out;
+    const cudaError_t done_well = cudaStreamSynchronize(c->stream);
+    return cuda_check(p->error ? p->error : done_well, "computing a step");
 }
 
 } // namespace
@@ -324,8 +322,8 @@ float *run_part(part *p, size_t done, float *out) {
 int cuda_forward(void *state, const struct rows *rows, float *out) {
     struct cuda *c = (struct cuda *)state;
     if (c->failed) return fail("device \"cuda\": keys and values could not be moved earlier on");
-    float none; // what is never written has a place, too
-    if (!out) out = &none;
+    const llama_config *f = &c->model->config;
+    const bool hidden = rows->hidden || f->head == LLAMA_HEAD_NONE;
     size_t done = 0;
     for (size_t start = 0; start < rows->n; start += (size_t)c->rows) {
         part p = {};
@@ -333,10 +331,66 @@ int cuda_forward(void *state, const struct rows *rows, float *out) {
         p.rows = rows;
         p.start = start;
         p.shape.n = (int)(rows->n - start < (size_t)c->rows ? rows->n - start : (size_t)c->rows);
-        p.shape.hidden = rows->hidden || c->model->config.head == LLAMA_HEAD_NONE;
-        out = run_part(&p, done, out);
-        if (!out) return -1;
+        p.shape.hidden = hidden;
+        if (run_part(&p, done, out ? out + done * (hidden ? f->dim : f->n_outputs) : nullptr))
+            return -1;
         done += (size_t)p.shape.wanted;
     }
     return 0;
+}
+
+// ---- logits that stayed
+
+int cuda_fetch(void *state, size_t row, float *out) {
+    struct cuda *c = (struct cuda *)state;
+    const size_t n = c->model->config.n_outputs;
+    const cudaError_t error = cudaMemcpyAsync(out, c->logits + row * n, n * sizeof *out,
+                                              cudaMemcpyDeviceToHost, c->stream);
+    return cuda_check(error ? error : cudaStreamSynchronize(c->stream), "fetching logits");
+}
+
+/* Seen tokens, biased ones and their biases go to the device, in one list. */
+static int send_lists(struct cuda *c, const llama_sampling *s, const int32_t *seen, size_t n_seen) {
+    const size_t n = n_seen + 2 * s->n_bias;
+    if (n > c->lists_room) {
+        cudaFree(c->lists);
+        c->lists = nullptr;
+        c->lists_room = 0;
+        if (cuda_check(cudaMalloc((void **)&c->lists, 2 * n * sizeof *c->lists),
+                       "memory for sampling"))
+            return -1;
+        c->lists_room = 2 * n;
+    }
+    const struct { const void *from; size_t n; } lists[] = {
+        {seen, n_seen}, {s->bias_tokens, s->n_bias}, {s->bias_values, s->n_bias}};
+    size_t at = 0;
+    for (const auto &one : lists) {
+        if (one.n && cuda_check(cudaMemcpyAsync(c->lists + at, one.from, one.n * 4,
+                                                cudaMemcpyHostToDevice, c->stream), "sampling"))
+            return -1;
+        at += one.n;
+    }
+    return 0;
+}
+
+int cuda_sample(void *state, size_t row, const llama_sampling *s, const int32_t *seen,
+                size_t n_seen, size_t n_said, double random, int32_t *token) {
+    struct cuda *c = (struct cuda *)state;
+    const size_t n = c->model->config.n_outputs;
+    if (s->temperature > 0 && (s->typical_p < 1 || s->mirostat_tau > 0)) return 1;
+    const bool penalties = s->repetition_penalty != 1 || s->presence_penalty != 0 ||
+                           s->frequency_penalty != 0;
+    if (!penalties) n_seen = n_said = 0; // then nobody looks at them
+    if (send_lists(c, s, seen, n_seen)) return -1;
+    const choice one = {
+        c->logits + row * n, (int)n, c->lists + n_seen, c->lists,
+        (const float *)(c->lists + n_seen + s->n_bias), (int)s->n_bias, (int)n_seen, (int)n_said,
+        s->repetition_penalty, s->presence_penalty, s->frequency_penalty, s->temperature, s->top_p,
+        (double)s->min_p, random, s->top_k, c->work, c->choice_weights, c->counts, c->token};
+    cudaError_t error = launch_sample(one, c->stream);
+    if (!error)
+        error = cudaMemcpyAsync(token, c->token, sizeof *token, cudaMemcpyDeviceToHost, c->stream);
+    if (!error) error = cudaStreamSynchronize(c->stream);
+    if (cuda_check(error, "sampling")) return -1;
+    return *token < 0 ? 1 : 0; // the host says what is wrong with the logits
 }

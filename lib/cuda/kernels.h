@@ -123,4 +123,23 @@ bool attend_fits(const kv_shape &kv);
 cudaError_t launch_attend(const attention &a, cudaStream_t stream);
 /* The same for every shape and kind; looks at neither items nor splits. */
 cudaError_t launch_attend_any(const attention &a, cudaStream_t stream);
+
+// ---- sampling
+
+/* What lib/sampler.h's sampler_pick is asked for, without typical_p and mirostat. */
+struct choice {
+    const float *logits;   // (n)
+    int n;
+    const int32_t *bias_tokens, *seen;
+    const float *bias_values;
+    int n_bias, n_seen, n_said;
+    float repetition, presence, frequency, temperature, top_p;
+    double min_p, random;  // min_p as the float that it was
+    int top_k;
+    float *work;           // (n)
+    double *weights;       // (n)
+    int *counts;           // (n)
+    int32_t *token;        // -1: the logits allow no choice
+};
+cudaError_t launch_sample(const choice &c, cudaStream_t stream);
 #endif

@@ -183,10 +183,12 @@ void weights_free(device_weights *w) {
 
 // ---- pages
 
-void page_store_open(page_store *s, size_t page_bytes) {
+void page_store_open(page_store *s, size_t page_bytes, uint32_t positions) {
     *s = {};
     s->page_bytes = up_to(page_bytes, ALIGNMENT);
+    const size_t most = ((size_t)positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     s->a_piece = s->page_bytes < PIECE_BYTES ? (int)(PIECE_BYTES / s->page_bytes) : 1;
+    if ((size_t)s->a_piece > most) s->a_piece = (int)most;
 }
 
 void *page_store_take(page_store *s) {

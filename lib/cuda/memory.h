@@ -35,7 +35,8 @@ size_t weights_count(const struct model *model);
 int weights_load(device_weights *weights, const struct model *model, cudaStream_t stream);
 void weights_free(device_weights *weights);
 
-/* Pages are cut from larger pieces of memory, since one alone may be small. */
+/* Pages are cut from larger pieces of memory, since one alone may be small; a piece holds no more
+ * than a sequence of POSITIONS needs. */
 struct page_store {
     size_t page_bytes;
     int a_piece;                      // pages
@@ -43,7 +44,7 @@ struct page_store {
     size_t n_pieces, room;
     int left;                         // pages not yet given of the last piece
 };
-void page_store_open(page_store *store, size_t page_bytes);
+void page_store_open(page_store *store, size_t page_bytes, uint32_t positions);
 void *page_store_take(page_store *store); // NULL with the reason
 void page_store_close(page_store *store);
 

@@ -23,6 +23,8 @@ size_t lay_out(struct cuda *c, uint8_t *base) {
         {&c->gate, r * hidden * 4}, {&c->logits, (size_t)LOGIT_ROWS * f->n_outputs * 4},
         {&c->partial, (size_t)c->most_partial * 8 * (f->head_dim + 2) * 4},
         {&c->halves, 2 * r * widest * 2}, {&c->unscale, r * 4},
+        {&c->work, (size_t)f->n_outputs * 4}, {&c->choice_weights, (size_t)f->n_outputs * 8},
+        {&c->counts, (size_t)f->n_outputs * 4}, {&c->token, 4},
     };
     size_t bytes = 0;
     for (const auto &one : list) {
@@ -197,6 +199,7 @@ void cuda_close(void *state) {
     page_store_close(&c->pages);
     weights_free(&c->weights);
     cudaFree(c->memory);
+    cudaFree(c->lists);
     cudaFree(c->batch);
     cudaFreeHost(c->host);
     if (c->stream) cudaStreamDestroy(c->stream);
@@ -213,7 +216,7 @@ int model_check(const struct model *model) {
     return 0;
 }
 
-void kv_open(struct cuda *c, const llama_session_options *options) {
+void kv_open(struct cuda *c, const llama_session_options *options, uint32_t positions) {
     const llama_config *f = &c->model->config;
     uint32_t kind = f->kind == LLAMA_F32 ? LLAMA_F32 : LLAMA_F16;
     if (options->kv_kind >= 0) kind = (uint32_t)options->kv_kind;
@@ -221,7 +224,7 @@ void kv_open(struct cuda *c, const llama_session_options *options) {
     const size_t element = kind == LLAMA_F32 ? 4 : kind == LLAMA_F16 ? 2 : 1;
     const size_t head = f->head_dim * element + (kind == LLAMA_Q8 ? 4 : 0);
     c->page_bytes = (size_t)2 * f->n_layers * f->n_kv_heads * PAGE_POSITIONS * head;
-    page_store_open(&c->pages, c->page_bytes);
+    page_store_open(&c->pages, c->page_bytes, positions);
 }
 
 int open_parts(struct cuda *c, const llama_session_options *options, llama_session_info *info) {
@@ -229,7 +232,7 @@ int open_parts(struct cuda *c, const llama_session_options *options, llama_sessi
     if (device_find(&c->device) || model_check(c->model)) return -1;
     snprintf(c->isa, sizeof c->isa, "%s, sm_%d%d", c->device.name, c->device.major,
              c->device.minor);
-    kv_open(c, options);
+    kv_open(c, options, info->max_seq_len);
     c->rows = MOST_ROWS;
     if ((uint32_t)c->rows > info->max_seq_len) c->rows = (int)info->max_seq_len;
     if (c->rows < GRAPH_ROWS) c->rows = GRAPH_ROWS;
@@ -267,4 +270,6 @@ int cuda_open(const struct model *model, const llama_session_options *options,
 } // namespace
 
 extern "C" const struct backend backend_cuda = {
-    "cuda", cuda_open, cuda_close, cuda_pages, cuda_forward, cuda_stage, cuda_read, cuda_write};
+    "cuda",     cuda_open, cuda_close, cuda_pages, cuda_forward, cuda_stage,
+    cuda_read, cuda_write, LOGIT_ROWS, cuda_fetch, cuda_sample,
+};

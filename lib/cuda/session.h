@@ -58,6 +58,13 @@ struct cuda {
     int most_partial;             // blocks of them
     uint16_t *halves;             // (rows or 2 rows, widest) the input of a product
     float *unscale;               // (rows)
+    float *work;                  // (n_outputs) of a choice, as the two that follow
+    double *choice_weights;
+    int *counts;
+    int32_t *token;
+
+    int32_t *lists;               // of a choice: seen, biases
+    size_t lists_room;            // numbers
 
     uint8_t *host, *batch;        // pinned; on the device
     size_t batch_bytes, most_pages;
@@ -68,5 +75,9 @@ batch_layout batch_lay_out(const struct cuda *c, int n);
 /* Room for N_PAGES in a batch's list; graphs of the old room go. */
 int batch_reserve(struct cuda *c, size_t n_pages);
 void graphs_free(struct cuda *c);
+extern "C" int cuda_fetch(void *state, size_t row, float *logits);
+extern "C" int cuda_sample(void *state, size_t row, const llama_sampling *sampling,
+                           const int32_t *seen, size_t n_seen, size_t n_said, double random,
+                           int32_t *token);
 extern "C" int cuda_forward(void *state, const struct rows *rows, float *out);
 #endif

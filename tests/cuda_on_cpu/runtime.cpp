@@ -2,6 +2,7 @@
  *
  * The environment says what a machine would be like:
  *     CUDA_ON_CPU_MEMORY   bytes of device memory (default: 4 GiB)
+ *     CUDA_ON_CPU_TAKEN    bytes that are free when asked and gone when wanted (default: 0)
  *     CUDA_ON_CPU_DEVICE   none: no driver; old: a driver for CUDA 12.4; pascal: an old GPU
  *     CUDA_ON_CPU_ORDER    reverse: threads and blocks run last to first
  * Compiled without ThreadSanitizer's instrumentation: what happens here orders nothing. */
@@ -270,10 +271,12 @@ bool device_is(const char *what) {
     return device && !strcmp(device, what);
 }
 
-size_t memory_bytes() {
-    const char *bytes = getenv("CUDA_ON_CPU_MEMORY");
-    return bytes ? strtoull(bytes, nullptr, 10) : (size_t)4 << 30;
+size_t number_of(const char *name, size_t otherwise) {
+    const char *bytes = getenv(name);
+    return bytes ? strtoull(bytes, nullptr, 10) : otherwise;
 }
+
+size_t memory_bytes() { return number_of("CUDA_ON_CPU_MEMORY", (size_t)4 << 30); }
 
 } // namespace
 
@@ -299,7 +302,7 @@ cudaError_t cuda_on_cpu::launch(const cudaLaunchConfig_t &how, std::function<voi
 cudaError_t cudaMalloc(void **pointer, size_t bytes) {
     std::lock_guard<std::mutex> lock(books);
     *pointer = nullptr;
-    if (in_use + bytes > memory_bytes()) return cudaErrorMemoryAllocation;
+    if (in_use + bytes + number_of("CUDA_ON_CPU_TAKEN", 0) > memory_bytes()) return cudaErrorMemoryAllocation;
     if (posix_memalign(pointer, 256, bytes)) return cudaErrorMemoryAllocation;
     memset(*pointer, 0xff, bytes);
     allocated[*pointer] = bytes;
