@@ -312,10 +312,10 @@ template <uint32_t KV> __global__ void attend_any(attention a) {
             for (int i = 0; i < here; i++) {
                 void *page = table[(first + i) / PAGE_POSITIONS];
                 const int s = (first + i) % PAGE_POSITIONS;
+                const auto *values = head_in<KV>(a.kv, page, a.layer, 1, from);
                 float weight = w[i];
                 if (KV == LLAMA_Q8) weight *= scales_in(a.kv, page, a.layer, 1, from)[s];
-                v += weight * element<KV>::get(
-                                  head_in<KV>(a.kv, page, a.layer, 1, from)[d * PAGE_POSITIONS + s]);
+                v += weight * element<KV>::get(values[d * PAGE_POSITIONS + s]);
             }
             out[d] = v;
         }

@@ -34,8 +34,8 @@ void multiply(part *p, const vectors &in, int n_targets, const target *list, aft
     struct cuda *c = p->c;
     halves ready = {};
     for (int first = 0, last; first < n_targets; first = last) {
-        for (last = first + 1; last < n_targets && list[last].w.kind == list[first].w.kind; last++) {
-        }
+        last = first + 1;
+        while (last < n_targets && list[last].w.kind == list[first].w.kind) last++;
         product one = {last - first, {}, then};
         for (int i = first; i < last; i++) one.targets[i - first] = list[i];
         if (in.n <= GEMV_ROWS) {
@@ -163,8 +163,8 @@ size_t list_pages(part *p, const batch_layout &to, bool write) {
     p->shape.items = 0;
     for (int first = 0, last; first < p->shape.n; first = last) {
         const struct sequence *of = rows->of[p->start + (size_t)first];
-        for (last = first + 1; last < p->shape.n && rows->of[p->start + (size_t)last] == of; last++) {
-        }
+        last = first + 1;
+        while (last < p->shape.n && rows->of[p->start + (size_t)last] == of) last++;
         const int32_t end = rows->positions[p->start + (size_t)last - 1];
         const size_t n = (size_t)end / PAGE_POSITIONS + 1;
         if (write) memcpy(on_host<void *>(p, to.pages) + n_pages, of->handles, n * sizeof(void *));

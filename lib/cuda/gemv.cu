@@ -206,7 +206,8 @@ cudaError_t launch(job j, int processors, cudaStream_t stream) {
     cudaLaunchConfig_t how = {};
     how.gridDim = dim3((unsigned)blocks);
     how.blockDim = dim3((unsigned)(warps * WARP));
-    how.dynamicSmemBytes = (size_t)j.columns_of_x * ((j.piece * GROUP + 16) * 2 + warps * ROWS * 4) +
+    const int row = (j.piece * GROUP + 16) * (int)sizeof(uint16_t); // and its sums:
+    how.dynamicSmemBytes = (size_t)(j.columns_of_x * (row + warps * ROWS * (int)sizeof(float))) +
                            (size_t)j.n * sizeof(measure);
     how.stream = stream;
     switch (j.p.targets[0].w.kind) {

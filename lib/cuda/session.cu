@@ -40,7 +40,8 @@ size_t batch_count(const struct cuda *c, size_t n_pages) {
 }
 
 int scratch_open(struct cuda *c) {
-    if (cuda_check(cudaMalloc((void **)&c->memory, c->memory_bytes), "memory for scratch")) return -1;
+    if (cuda_check(cudaMalloc((void **)&c->memory, c->memory_bytes), "memory for scratch"))
+        return -1;
     lay_out(c, c->memory);
     return batch_reserve(c, c->most_pages);
 }
