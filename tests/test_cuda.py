@@ -34,9 +34,11 @@ ROUNDED = {"f32": 0.0, "f16": 1e-3, "q8": 0.03}  # and what keys and values may 
 def built(sanitizer: str, *targets: str) -> Path:
     """The folder where CMake has built TARGETS for the emulator."""
     folder = _lib.BUILD / f"cuda-{sanitizer or 'on-cpu'}"
-    flags = [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizer} -g1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    flags = ["-DCUDA_ON_CPU=ON"]
+    if sanitizer:
+        flags += [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizer} -g1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
     for command in (
-        ["-S", str(_lib.ROOT), "-B", str(folder), "-DCUDA_ON_CPU=ON", *(flags if sanitizer else [])],
+        ["-S", str(_lib.ROOT), "-B", str(folder), *flags],
         ["--build", str(folder), "--parallel", "2", "--target", *targets],
     ):
         done = subprocess.run([_lib.find_cmake(), *command], capture_output=True, text=True)
@@ -350,6 +352,21 @@ def test_other_machines_are_one_line(
     refused(model, message)
 
 
+@pytest.mark.usefixtures("cuda")
+def test_auto_says_what_it_took_and_why(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(model, device="auto") as e:
+        assert (e.info().device, e.chosen) == ("cuda", "cuda, emulated on the CPU, sm_80")
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "none")
+    with Engine(model, device="auto") as e:
+        assert e.info().device == "cpu"
+        assert e.chosen == 'cpu, because device "cuda": this machine has no NVIDIA driver'
+        feed(e, range(5))
+    with pytest.raises(LlamaError, match="isa"):
+        Engine(model, device="auto", isa="abacus")
+    with Engine(model) as e:
+        assert e.chosen is None
+
+
 MIB = 1 << 20
 
 
@@ -434,7 +451,7 @@ def test_weights_of_a_bf16_file_may_be_large(tmp_path: Path) -> None:
     """Beyond what halves hold."""
     path = small_models.of_kind(tmp_path, SHAPE, Kind.BF16)
     with Model(path) as m:
-        last = [i for i, t in enumerate(m.tensors) if t.name == "output.weight"][0]
+        last = next(i for i, t in enumerate(m.tensors) if t.name == "output.weight")
         assert np.abs(m.rows(last)).max() < 65504
     large = tmp_path / "large.bin"
 

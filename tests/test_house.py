@@ -43,10 +43,12 @@ MAY_INCLUDE = {
     "cuda/device": {"cuda/ptx_on_cpu.h"},  # by the emulator's include path
     "cuda/tiles": {"llama.h", "quant.h", "cuda/device.cuh"},
     "cuda/kv": {"llama.h", "quant.h", "cuda/device.cuh", "cuda/kernels.h"},
-    **dict.fromkeys(["cuda/gemv", "cuda/gemm"], {"cuda/kernels.h", "cuda/tiles.cuh"}),
-    **dict.fromkeys(["cuda/attention", "cuda/pages"], {"cuda/kv.cuh"}),
-    **dict.fromkeys(["cuda/ops", "cuda/sampler"],
-                    {"llama.h", "quant.h", "cuda/kernels.h", "cuda/device.cuh"}),
+    "cuda/gemv": {"cuda/kernels.h", "cuda/tiles.cuh"},
+    "cuda/gemm": {"cuda/kernels.h", "cuda/tiles.cuh"},
+    "cuda/attention": {"cuda/kv.cuh"},
+    "cuda/pages": {"cuda/kv.cuh"},
+    "cuda/ops": {"llama.h", "quant.h", "cuda/device.cuh", "cuda/kernels.h"},
+    "cuda/sampler": {"cuda/device.cuh", "cuda/kernels.h"},
 }
 # A module of llama/ and the modules it may import; the export wing may not see the run wing,
 # but for golden, which runs a file that is written.

@@ -135,8 +135,11 @@ __device__ void finish(const job &j, const float *sums, const measure *of) {
     }
 }
 
-/* N: products of 8 columns side by side. RAW: x is f32 rows; else prepared halves. */
-template <uint32_t KIND, int N, bool RAW> __global__ void __launch_bounds__(512) gemv(job j) {
+/* N: products of 8 columns side by side. RAW: x is f32 rows; else prepared halves. Two blocks of 16
+ * warps have 64 registers a thread, which is what one row of q4 needs. */
+template <uint32_t KIND, int N, bool RAW>
+__global__ void __launch_bounds__(MOST_WARPS *WARP, KIND == LLAMA_Q4 && N == 1 ? 2 : 1)
+gemv(job j) {
     using weights = tile<KIND>;
     constexpr int AHEAD = weights::AHEAD;
     uint16_t *x = shared_memory<uint16_t>();
