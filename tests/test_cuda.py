@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import small_models
 
-from llama import _lib, engine
+from llama import _lib, engine, stages
 from llama.config import Head, Rope
 from llama.engine import Engine, Model, sample_logits
 from llama.errors import LlamaError
-from llama.quant import Kind
+from llama.quant import Kind, matrix_bytes
 from llama.sampling import SamplingParams
 
 FEW, MANY = 5e-6, 2e-3  # of the largest logit: with 22 and with 11 bits of a product's input
@@ -231,6 +231,38 @@ def test_greedy_tokens_of_a_real_model(
     path = stories if kind is None else small_models.quantized(stories, tmp_path / "m.bin", kind)
     with Engine(path, isa="scalar", kv=kv) as cpu, Engine(path, device="cuda", kv=kv) as gpu:
         assert greedy(gpu, [1], 120) == greedy(cpu, [1], 120)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("n", [3, 40])
+def test_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: Any, n: int
+) -> None:
+    """A layer for calibration, stage by stage, with matrices of other kinds in its place."""
+    monkeypatch.setattr(stages, "lib", emulated)
+    path = small_models.write_bin(tmp_path / "m.bin", SHAPES["biases"])
+    blocks = {}
+    with Model(path) as m:
+        for place, name in enumerate(["wq", "wk", "wv", "wo", "w1", "w3", "w2"]):
+            i = next(i for i, t in enumerate(m.tensors) if f"layers.1.{KINDS[name]}" in t.name)
+            rows, columns = m.tensors[i].shape
+            kind = (Kind.F32, Kind.Q8, Kind.BF16)[place % 3] if name[1] not in "13" else Kind.Q4
+            data = stages.aligned(matrix_bytes(kind, rows, columns))
+            data[:] = np.frombuffer(m.quantize(i, 0, rows, kind, len(data))[0], np.uint8)
+            blocks[place] = (kind, data)
+    x = np.random.default_rng(1).standard_normal((n, SHAPE.dim)).astype(np.float32)
+    with Engine(path, kv="f32") as cpu, Engine(path, kv="f32", device="cuda") as gpu:
+        streams, given = [x.copy(), x.copy()], [x, x]
+        for stage in range(6):
+            given = [stages.run_stage(e, 1, stage, s, g, {} if stage < 3 else blocks)
+                     for e, s, g in zip((gpu, cpu), streams, given, strict=True)]  # fmt: skip
+            assert distance(*streams) < MANY
+            assert stage == stages.END or distance(*given) < MANY
+
+
+KINDS = {name: f"{part}.{name}." for part, names in
+         (("attention", ("wq", "wk", "wv", "wo")), ("feed_forward", ("w1", "w2", "w3")))
+         for name in names}  # fmt: skip
 
 
 # ---- pages

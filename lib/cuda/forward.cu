@@ -339,6 +339,93 @@ int cuda_forward(void *state, const struct rows *rows, float *out) {
     return 0;
 }
 
+// ---- stages, for calibration
+
+namespace {
+
+int bring(part *p, float *to, const float *from, size_t n) {
+    return cuda_check(cudaMemcpyAsync(to, from, n * sizeof *to, cudaMemcpyHostToDevice,
+                                      p->c->stream), "sending a stage's input");
+}
+
+/* One stage of the part's rows, its stream being in x and its input where it belongs; returns
+ * where what it gives stands. */
+const float *stage_part(part *p, uint32_t stage) {
+    struct cuda *c = p->c;
+    const int dim = (int)c->model->config.dim;
+    const float *norm = stage == LLAMA_STAGE_QKV    ? p->layer->attention_norm
+                        : stage == LLAMA_STAGE_HEAD ? c->weights.norm
+                                                    : p->layer->ffn_norm;
+    switch (stage) {
+    case LLAMA_STAGE_OUTPUT:
+        qkv(p);
+        rope_store(p);
+        attend(p);
+        return c->attended;
+    case LLAMA_STAGE_GATE_UP: output(p); break;
+    case LLAMA_STAGE_DOWN: gate_up(p); return c->gate;
+    case LLAMA_STAGE_END: down(p); return nullptr;
+    }
+    run(p, launch_gather(normed(p, norm), dim, c->gathered, c->stream));
+    return c->gathered;
+}
+
+/* FIRST: the part's first row among the stage's. */
+int run_stage(part *p, const llama_stage *g, size_t first) {
+    struct cuda *c = p->c;
+    const llama_config *f = &c->model->config;
+    const size_t n = (size_t)p->shape.n, dim = f->dim, heads = (size_t)f->n_heads * f->head_dim;
+    const size_t hidden = f->hidden_dim;
+    float *stream = g->stream + first * dim;
+    if (send_batch(p) || bring(p, c->x, stream, n * dim)) return -1;
+    if (g->stage == LLAMA_STAGE_GATE_UP && bring(p, c->attended, g->given + first * heads,
+                                                 n * heads))
+        return -1;
+    if (g->stage == LLAMA_STAGE_END && bring(p, c->gate, g->given + first * hidden, n * hidden))
+        return -1;
+    const float *gives = stage_part(p, g->stage);
+    const size_t width = g->stage == LLAMA_STAGE_OUTPUT ? heads
+                         : g->stage == LLAMA_STAGE_DOWN ? hidden
+                                                        : dim;
+    if (fetch(p, stream, c->x, n * dim) ||
+        (gives && fetch(p, g->inputs + first * width, gives, n * width)))
+        return -1;
+    const cudaError_t error = cudaStreamSynchronize(c->stream);
+    return cuda_check(p->error ? p->error : error, "computing a stage");
+}
+
+} // namespace
+
+/* Every layer has the first's place in the pages: no other is needed at the same time. */
+int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
+               const struct sequence *of) {
+    struct cuda *c = (struct cuda *)state;
+    int32_t positions[MOST_ROWS], lengths[MOST_ROWS];
+    const struct sequence *all[MOST_ROWS];
+    device_layer there;
+    uint8_t *memory = nullptr;
+    int rc = layer_check(layer, g->layer) ||
+             layer_load(&there, &memory, layer, &c->model->layers[g->layer],
+                        &c->weights.layers[g->layer], c->stream);
+    for (size_t start = 0; start < g->n && !rc; start += (size_t)c->rows) {
+        part p = {};
+        p.c = c;
+        p.shape.n = (int)(g->n - start < (size_t)c->rows ? g->n - start : (size_t)c->rows);
+        for (int i = 0; i < p.shape.n; i++) {
+            positions[i] = (int32_t)start + i;
+            lengths[i] = (int32_t)g->n;
+            all[i] = of;
+        }
+        const struct rows rows = {(size_t)p.shape.n, nullptr, positions, nullptr, all, lengths, 0,
+                                  false, nullptr};
+        p.rows = &rows;
+        p.layer = &there;
+        rc = run_stage(&p, g, start);
+    }
+    cudaFree(memory);
+    return rc ? -1 : 0;
+}
+
 // ---- logits that stayed
 
 int cuda_fetch(void *state, size_t row, float *out) {

@@ -175,6 +175,43 @@ int weights_load(device_weights *w, const struct model *model, cudaStream_t stre
     return l.failed ? -1 : 0;
 }
 
+int layer_check(const struct layer *layer, uint32_t number) {
+    if (layer->w1.kind_number == layer->w3.kind_number) return 0;
+    return fail("w1 and w3 of layer %u are of two kinds, which device \"cuda\" does not run",
+                number);
+}
+
+int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,
+               const struct layer *of, const device_layer *there, cudaStream_t stream) {
+    const struct { const struct matrix *now, *before; device_matrix *to; } all[] = {
+        {&layer->wq, &of->wq, &to->wq}, {&layer->wk, &of->wk, &to->wk},
+        {&layer->wv, &of->wv, &to->wv}, {&layer->wo, &of->wo, &to->wo},
+        {&layer->w1, &of->w1, &to->w1}, {&layer->w3, &of->w3, &to->w3},
+        {&layer->w2, &of->w2, &to->w2},
+    };
+    size_t bytes = 0, at = 0;
+    *to = *there;
+    *memory = nullptr;
+    for (const auto &one : all)
+        if (one.now->data != one.before->data)
+            bytes += up_to(one.now->strips * one.now->strip_bytes, ALIGNMENT);
+    if (!bytes) return 0;
+    if (cuda_check(cudaMalloc((void **)memory, bytes), "memory for a layer's weights")) return -1;
+    for (const auto &one : all) {
+        const size_t n = one.now->strips * one.now->strip_bytes;
+        if (one.now->data == one.before->data) continue;
+        if (cuda_check(cudaMemcpyAsync(*memory + at, one.now->data, n, cudaMemcpyHostToDevice,
+                                       stream), "copying weights"))
+            return -1;
+        one.to->data = *memory + at;
+        one.to->strip_bytes = one.now->strip_bytes;
+        one.to->kind = one.now->kind_number;
+        one.to->scale = matrix_scale(one.now);
+        at += up_to(n, ALIGNMENT);
+    }
+    return cuda_check(cudaStreamSynchronize(stream), "copying weights");
+}
+
 void weights_free(device_weights *w) {
     cudaFree(w->memory);
     free(w->layers);

@@ -187,10 +187,6 @@ int cuda_write(void *state, const struct sequence *of, uint32_t first, uint32_t 
     return copy_pages((struct cuda *)state, of, first, n, nullptr, in);
 }
 
-int cuda_stage(void *, const llama_stage *, const struct layer *, const struct sequence *) {
-    return fail("device \"cuda\" does not calibrate; device \"cpu\" does");
-}
-
 // ---- opening and closing
 
 void cuda_close(void *state) {
@@ -208,12 +204,10 @@ void cuda_close(void *state) {
     free(c);
 }
 
-/* That this pass can run the model; what it cannot is rare and said. */
+/* That this pass can run the model. */
 int model_check(const struct model *model) {
     for (uint32_t n = 0; n < model->config.n_layers; n++)
-        if (model->layers[n].w1.kind_number != model->layers[n].w3.kind_number)
-            return fail("%s: w1 and w3 of layer %u are of two kinds, which device \"cuda\" does "
-                        "not run", model->file.path, n);
+        if (layer_check(&model->layers[n], n)) return -1;
     return 0;
 }
 

@@ -79,5 +79,7 @@ extern "C" int cuda_fetch(void *state, size_t row, float *logits);
 extern "C" int cuda_sample(void *state, size_t row, const llama_sampling *sampling,
                            const int32_t *seen, size_t n_seen, size_t n_said, double random,
                            int32_t *token);
+extern "C" int cuda_stage(void *state, const llama_stage *stage, const struct layer *layer,
+                          const struct sequence *of);
 extern "C" int cuda_forward(void *state, const struct rows *rows, float *out);
 #endif
