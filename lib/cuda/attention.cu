@@ -33,7 +33,7 @@ template <> __device__ __forceinline__ void load8<LLAMA_Q8>(const void *p, uint3
 
 /* What a warp knows of its queries: lane 4 g + t of query g. */
 template <int DIM> struct queries {
-    uint32_t q[DIM / 16][4];  // operands of the first product
+    const uint4 *q;           // operands of the first product, WARP apart, in shared memory
     float unscale;            // what a score is multiplied with
     int last;                 // the query's own position; -1: there is no such query
     float largest, sum;       // of the scores so far; sum of weights, the lane's own part
@@ -49,8 +49,10 @@ __device__ int query_at(const attention &a, const attend_item &item, int g, int 
     return *row * a.n_heads + (int)blockIdx.y * group + query % group;
 }
 
+/* ROOM (DIM / 16, WARP): the operands, which all warps share. Ends with a barrier. */
 template <int DIM>
-__device__ void load_queries(const attention &a, const attend_item &item, queries<DIM> *s) {
+__device__ void load_queries(const attention &a, const attend_item &item, queries<DIM> *s,
+                             uint4 *room) {
     const int g = lane_number() / 4, t = lane_number() % 4;
     int row;
     const int at = query_at(a, item, g, &row);
@@ -64,12 +66,17 @@ __device__ void load_queries(const attention &a, const attend_item &item, querie
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, with));
     const float scale = half_scale(largest);
     s->unscale = 1 / scale;
-#pragma unroll
-    for (int i = 0; i < DIM / 8; i++) { // pairs of the lane's dimensions: 32 c + 8 t + 2 (i % 4)
-        const int d = i / 4 * 32 + 8 * t + i % 4 * 2;
-        const float low = at < 0 ? 0 : q[d] * scale, high = at < 0 ? 0 : q[d + 1] * scale;
-        split_halves(low, high, &s->q[i / 2][i % 2 * 2], &s->q[i / 2][i % 2 * 2 + 1]);
+    for (int i = warp_number(); i < DIM / 16; i += WARPS) {
+        const int d = i / 2 * 32 + 8 * t + i % 2 * 4; // four of the lane's dimensions
+        float v[4];
+        for (int j = 0; j < 4; j++) v[j] = at < 0 ? 0 : q[d + j] * scale;
+        uint4 o;
+        split_halves(v[0], v[1], &o.x, &o.y);
+        split_halves(v[2], v[3], &o.z, &o.w);
+        room[i * WARP + lane_number()] = o;
     }
+    s->q = room + lane_number();
+    __syncthreads();
     s->largest = -INFINITY;
     s->sum = 0;
     s->unit = 1;
@@ -94,8 +101,11 @@ __device__ void score(const attention &a, const queries<DIM> &s, void *page, int
         for (int d = 0; d < DIM / 32; d++) {
             uint32_t pairs[4];
             load8<KV>(key + 32 * d, pairs);
-            mma(c, s.q[2 * d], pairs);
-            mma(c, s.q[2 * d + 1], pairs + 2);
+            for (int step = 0; step < 2; step++) {
+                const uint4 q = s.q[(2 * d + step) * WARP];
+                const uint32_t operand[4] = {q.x, q.y, q.z, q.w};
+                mma(c, operand, pairs + 2 * step);
+            }
         }
         for (int e = 0; e < 2; e++) {
             const int at = 8 * t + 2 * j + e;
@@ -217,8 +227,8 @@ __global__ void __launch_bounds__(WARPS *WARP) attend(attention a) {
     const int first = (int)blockIdx.z * a.pages_a_split;
     const int last = min(first + a.pages_a_split, pages);
     queries<DIM> s;
-    if (first < last) load_queries<DIM>(a, item, &s);
-    else s.largest = -INFINITY, s.sum = 0; // its part is never looked at
+    if (first >= last) return; // its part is never looked at
+    load_queries<DIM>(a, item, &s, (uint4 *)(parts + WARPS * STEP));
     void *const *table = a.rows.pages + a.rows.tables[item.first];
     for (int p = first + warp_number(); p < last; p += WARPS) {
         float w[8];
@@ -227,7 +237,6 @@ __global__ void __launch_bounds__(WARPS *WARP) attend(attention a) {
         add_values<KV, DIM>(a, &s, table[p], min(n - p * PAGE_POSITIONS, (int)PAGE_POSITIONS), w,
                             before);
     }
-    if (first >= last) return;
     leave(&s, parts + warp_number() * STEP);
     __syncthreads();
     for (int i = (int)threadIdx.x; i < QUERIES * DIM; i += WARPS * WARP) {
@@ -329,7 +338,8 @@ cudaError_t launch(const attention &a, cudaStream_t stream) {
     cudaLaunchConfig_t how = {};
     how.gridDim = dim3((unsigned)a.n_items, (unsigned)a.kv.n_kv_heads, (unsigned)a.splits);
     how.blockDim = dim3(WARPS * WARP);
-    how.dynamicSmemBytes = WARPS * QUERIES * (DIM + 2) * sizeof(float);
+    how.dynamicSmemBytes = WARPS * QUERIES * (DIM + 2) * sizeof(float) +
+                           DIM / 16 * WARP * sizeof(uint4);
     how.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(&how, attend<KV, DIM>, a);
     if (error || a.splits == 1) return error;

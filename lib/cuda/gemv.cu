@@ -13,7 +13,7 @@ namespace {
 
 constexpr int ROWS = 32;              // of the matrix, a block
 constexpr int SHARED_BYTES = 28 << 10; // for x; a longer one goes through in pieces
-constexpr int MOST_WARPS = 16;
+constexpr int MOST_WARPS = 8;          // so that three blocks share a processor
 
 struct job {
     product p;
@@ -135,10 +135,9 @@ __device__ void finish(const job &j, const float *sums, const measure *of) {
     }
 }
 
-/* N: products of 8 columns side by side. RAW: x is f32 rows; else prepared halves. Two blocks of 16
- * warps have 64 registers a thread, which is what one row of q4 needs. */
+/* N: products of 8 columns side by side. RAW: x is f32 rows; else prepared halves. */
 template <uint32_t KIND, int N, bool RAW>
-__global__ void __launch_bounds__(MOST_WARPS *WARP, KIND == LLAMA_Q4 && N == 1 ? 2 : 1)
+__global__ void __launch_bounds__(MOST_WARPS *WARP, tile<KIND>::SCALED && N == 1 ? 3 : 1)
 gemv(job j) {
     using weights = tile<KIND>;
     constexpr int AHEAD = weights::AHEAD;
@@ -200,7 +199,7 @@ cudaError_t launch(job j, int processors, cudaStream_t stream) {
     const int blocks = (strips + 1) / 2;
     // as many as keep memory busy, each with a few tiles, and room for their sums in 48 KiB
     int warps = 2;
-    while (warps < MOST_WARPS / N && blocks * warps < 32 * processors && j.tiles >= 4 * warps)
+    while (warps < MOST_WARPS && blocks * warps < 32 * processors && j.tiles >= 4 * warps)
         warps *= 2;
     const int most = SHARED_BYTES / (j.columns_of_x * GROUP * 2);
     const int pieces = (j.tiles + most - 1) / most;
