@@ -30,7 +30,8 @@ struct backend {
                 llama_session_info *info, void **state);
     void (*close)(void *state);
     struct pages (*pages)(void *state);
-    /* logits (wanted, n_outputs), or hidden states (wanted, dim), in row order. */
+    /* logits (wanted, n_outputs), or hidden states (wanted, dim), in row order. NULL: up to KEEPS
+     * rows of logits stay on the device until the next forward. */
     int (*forward)(void *state, const struct rows *rows, float *logits);
     /* One stage of llama_run_stage over the pages of a sequence that no one else writes in; LAYER
      * is the one to run, wherever its matrices come from. */
@@ -41,6 +42,13 @@ struct backend {
     int (*read)(void *state, const struct sequence *of, uint32_t first, uint32_t n, void *out);
     int (*write)(void *state, const struct sequence *of, uint32_t first, uint32_t n,
                  const void *in);
+    size_t keeps;                         // 0: none, and the two below are NULL
+    /* Kept logits of row ROW come to the host. */
+    int (*fetch)(void *state, size_t row, float *logits);
+    /* sampler_pick of kept row ROW; 1 where the device leaves the choice, or its failure, to the
+     * host. */
+    int (*sample)(void *state, size_t row, const llama_sampling *sampling, const int32_t *seen,
+                  size_t n_seen, size_t n_said, double random, int32_t *token);
 };
 
 extern const struct backend backend_cpu;

@@ -169,8 +169,9 @@ struct llama_session {
     pthread_mutex_t lock;  // held through each call
     pid_t process;         // that opened it; a fork of it has no worker threads
     llama_session_info info;
-    float *kept;           // (n_kept, n_outputs) logits of the last forward
+    float *kept;           // (n_kept, n_outputs) logits of the last forward; where they are
     size_t n_kept, kept_room;
+    bool on_device;        // on the device, room for one row of them
 };
 
 const char *llama_isa_name(size_t i) {
@@ -268,7 +269,6 @@ static int batch_check(const llama_session *s, const llama_batch *b,
 }
 
 static int keep_room(llama_session *s, size_t rows) {
-    s->n_kept = 0;
     if (rows <= s->kept_room) return 0;
     const size_t n_outputs = s->model->model.config.n_outputs;
     if (rows > SIZE_MAX / sizeof(float) / n_outputs) return fail("too many rows want logits");
@@ -284,7 +284,9 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
     size_t wanted;
     if (batch_check(s, b, ends, &wanted)) return -1;
     if (!logits && b->hidden) return fail("hidden states are not kept: give them a place");
-    if (!logits && keep_room(s, wanted)) return -1;
+    const bool stay = !logits && wanted <= s->backend->keeps;
+    s->n_kept = 0;
+    if (!logits && !stay && keep_room(s, wanted)) return -1;
     const struct sequence **of = malloc((b->n + 1) * sizeof *of);
     int rc = of ? 0 : fail("out of memory for a batch of %zu rows", b->n);
     for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES && !rc; i++)
@@ -294,14 +296,15 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
         const struct rows rows = {.n = b->n, .tokens = b->tokens, .positions = b->positions,
                                   .want = b->want, .of = of, .rope_lengths = b->rope_lengths,
                                   .wanted = wanted, .hidden = b->hidden, .stream = b->stream};
-        rc = s->backend->forward(s->state, &rows, logits ? logits : s->kept);
+        rc = s->backend->forward(s->state, &rows, logits ? logits : stay ? NULL : s->kept);
     }
     free(of);
     for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES; i++) {
         if (rc) cache_trim(&s->cache, i, s->cache.sequences[i].length);
         else cache_commit(&s->cache, i, ends[i]);
     }
-    if (!rc) s->n_kept = logits ? 0 : wanted;
+    if (!rc && !logits) s->n_kept = wanted;
+    s->on_device = stay;
     return rc;
 }
 
@@ -463,30 +466,38 @@ int llama_write_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t 
 int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
                         const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
                         uint64_t position, int32_t *token) {
-    if (!logits || !sampling || !token || (n_seen && !seen))
-        return fail("llama_sample: an argument is NULL");
-    if (vocab_size < 1 || vocab_size > 1 << 24)
-        return fail("%zu logits, expected 1 to %d", vocab_size, 1 << 24);
-    if (sampling_check(sampling)) return -1;
-    if (n_said > n_seen) return fail("%zu tokens said, of %zu seen", n_said, n_seen);
-    for (size_t i = 0; i < n_seen; i++)
-        if (seen[i] < 0 || (size_t)seen[i] >= vocab_size)
-            return fail("seen token id %d, expected 0 to %zu", seen[i], vocab_size - 1);
-    for (size_t i = 0; i < sampling->n_bias; i++)
-        if (sampling->bias_tokens[i] < 0 || (size_t)sampling->bias_tokens[i] >= vocab_size)
-            return fail("logit_bias token id %d, expected 0 to %zu", sampling->bias_tokens[i],
-                        vocab_size - 1);
+    if (!logits) return fail("llama_sample: an argument is NULL");
+    if (sampler_check(vocab_size, sampling, seen, n_seen, n_said, token)) return -1;
     return sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said,
                         sampler_random(sampling->seed, completion, position), token);
 }
 
-/* The logits that the last forward kept for row ROW, or NULL with the reason. */
-static const float *kept_row(const llama_session *s, size_t row) {
-    const llama_config *c = &s->model->model.config;
-    if (c->head != LLAMA_HEAD_LM) return fail("this model has no language-model head"), NULL;
-    if (row < s->n_kept) return s->kept + row * c->n_outputs;
-    fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
-    return NULL;
+static int check_kept(const llama_session *s, size_t row) {
+    if (s->model->model.config.head != LLAMA_HEAD_LM)
+        return fail("this model has no language-model head");
+    if (row < s->n_kept) return 0;
+    return fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
+}
+
+/* Kept row ROW's logits on the host, or NULL with the reason. */
+static const float *kept_row(llama_session *s, size_t row) {
+    if (check_kept(s, row)) return NULL;
+    if (!s->on_device) return s->kept + row * s->model->model.config.n_outputs;
+    return keep_room(s, 1) || s->backend->fetch(s->state, row, s->kept) ? NULL : s->kept;
+}
+
+static int sample_locked(llama_session *s, size_t row, const llama_sampling *sampling,
+                         const int32_t *seen, size_t n_seen, size_t n_said, double random,
+                         int32_t *token) {
+    const size_t vocab_size = s->model->model.config.vocab_size;
+    if (check_kept(s, row) || sampler_check(vocab_size, sampling, seen, n_seen, n_said, token))
+        return -1;
+    const int rc = !s->on_device ? 1 : s->backend->sample(s->state, row, sampling, seen, n_seen,
+                                                          n_said, random, token);
+    if (rc <= 0) return rc;
+    const float *logits = kept_row(s, row);
+    return !logits ? -1 : sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said, random,
+                                       token);
 }
 
 int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
@@ -494,10 +505,8 @@ int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
                  uint64_t position, int32_t *token) {
     if (!s) return fail("llama_sample: session is NULL");
     pthread_mutex_lock(&s->lock);
-    const float *logits = kept_row(s, row);
-    int rc = logits ? llama_sample_logits(logits, s->model->model.config.vocab_size, sampling, seen,
-                                          n_seen, n_said, completion, position, token)
-                    : -1;
+    const double random = sampling ? sampler_random(sampling->seed, completion, position) : 0;
+    int rc = sample_locked(s, row, sampling, seen, n_seen, n_said, random, token);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -163,22 +163,23 @@ int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int
 int llama_factor_moments(float *moments, size_t columns, double damping, int threads);
 
 typedef struct {
-    const char *device;   // NULL or "cpu"; "cuda"
+    const char *device;   // NULL or "cpu"; "cuda", the first GPU
     const char *isa;      // CPU kernels: NULL the best this CPU has; or one of llama_isa_name
     int threads;          // 0: one for each core this process may use
     int kv_kind;          // LLAMA_F32; LLAMA_F16, which holds keys and values up to 65,504; or
                           // LLAMA_Q8: int8 codes, an f32 scale for each position, head and layer;
                           // -1: f32 for an f32 file, f16 otherwise
     int activations;      // bits of what meets quantised weights, but for the head's, which is 16:
-                          // 8, or 16 in two passes; 0: 8 if they are rotated, 16 if not
+                          // 8, or 16 in two passes; 0: 8 if they are rotated, 16 if not. A GPU has
+                          // its own: 22 for up to 4 rows at once, 11 for more
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
                           // than that, up to 2^24, is allowed: it was not trained for it
 } llama_session_options;
 
 typedef struct {
     const char *device;      // "cpu"
-    const char *isa;         // "avx512vnni"
-    int threads, activations;
+    const char *isa;         // "avx512vnni"; of a GPU "NVIDIA H200, sm_90"
+    int threads, activations; // of a GPU its processors, and 16
     uint32_t kv_kind, max_seq_len, page_positions;
     uint64_t kv_bytes;       // held by KV pages now, free ones included
     uint64_t scratch_bytes;  // room for one forward pass and for the logits it keeps
@@ -200,8 +201,9 @@ int llama_get_session_info(llama_session *session, llama_session_info *info);
  * sequence's positions 0..positions[i]. Within a sequence positions go up by one and start at
  * its length, so that no position is ever written twice: llama_trim first to go back.
  * A row with want[i] != 0 yields the head's n_outputs numbers, "logits" for short; want NULL asks
- * for none. Each row's logits are the same to the last bit alone or in any batch, for any split of
- * a prompt into calls, and for any number of threads.
+ * for none. On the CPU each row's logits are the same to the last bit alone or in any batch, for
+ * any split of a prompt into calls, and for any number of threads; on a GPU within rounding, for
+ * few rows and many are computed in other ways.
  *
  * Under LLAMA_ROPE_DYNAMIC the rotary base depends on how long the text is: row i has that of
  * max(rope_lengths[i], positions[i] + 1) tokens. Rows of a prompt are given the whole prompt's

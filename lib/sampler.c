@@ -26,7 +26,7 @@ double sampler_random(uint64_t seed, uint64_t completion, uint64_t position) {
     return (double)(mix(mix(mix(seed) ^ completion) ^ position) >> 11) * 0x1p-53;
 }
 
-int sampling_check(const llama_sampling *s) {
+static int sampling_check(const llama_sampling *s) {
     if (s->n_bias && (!s->bias_tokens || !s->bias_values)) return fail("logit_bias is NULL");
     for (size_t i = 0; i < s->n_bias; i++)
         if (isnan(s->bias_values[i]) || s->bias_values[i] == INFINITY)
@@ -54,6 +54,23 @@ int sampling_check(const llama_sampling *s) {
     if (s->mirostat_tau > 0 && (!s->mirostat_mu || !isfinite(*s->mirostat_mu)))
         return fail("mirostat_tau is %g and there is no finite mirostat_mu",
                     (double)s->mirostat_tau);
+    return 0;
+}
+
+int sampler_check(size_t vocab_size, const llama_sampling *sampling, const int32_t *seen,
+                  size_t n_seen, size_t n_said, const int32_t *token) {
+    if (!sampling || !token || (n_seen && !seen)) return fail("llama_sample: an argument is NULL");
+    if (vocab_size < 1 || vocab_size > 1 << 24)
+        return fail("%zu logits, expected 1 to %d", vocab_size, 1 << 24);
+    if (sampling_check(sampling)) return -1;
+    if (n_said > n_seen) return fail("%zu tokens said, of %zu seen", n_said, n_seen);
+    for (size_t i = 0; i < n_seen; i++)
+        if (seen[i] < 0 || (size_t)seen[i] >= vocab_size)
+            return fail("seen token id %d, expected 0 to %zu", seen[i], vocab_size - 1);
+    for (size_t i = 0; i < sampling->n_bias; i++)
+        if (sampling->bias_tokens[i] < 0 || (size_t)sampling->bias_tokens[i] >= vocab_size)
+            return fail("logit_bias token id %d, expected 0 to %zu", sampling->bias_tokens[i],
+                        vocab_size - 1);
     return 0;
 }
 

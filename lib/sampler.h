@@ -5,8 +5,9 @@
 #define SAMPLER_H
 #include "llama.h"
 
-/* 0, or -1 with the reason: which setting is impossible. */
-int sampling_check(const llama_sampling *sampling);
+/* 0, or -1 with the reason: which setting is impossible, or which token. */
+int sampler_check(size_t vocab_size, const llama_sampling *sampling, const int32_t *seen,
+                  size_t n_seen, size_t n_said, const int32_t *token);
 /* SEEN (n_seen) and the bias tokens are valid ids. The contract of llama_sample_logits in llama.h,
  * RANDOM in place of the key. */
 int sampler_pick(const float *logits, size_t vocab_size, const llama_sampling *sampling,

@@ -121,7 +121,10 @@ def add_model_flags(parser: Parser) -> None:
         help="the model file, from export.py or quantize.py (default: bin/chat-llama.bin)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
-    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    group.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help="cpu, cuda, or auto: cuda where there is a GPU and the model fits (default: cpu)",
+    )  # fmt: skip
     group.add_argument(
         "--max-seq-len", type=int, metavar="N", help="context length (default: the model's own)"
     )
@@ -214,6 +217,8 @@ def open_model(
             template=template, date=date, overflow=args.overflow or "stop",
             keep=args.keep,
         )  # fmt: skip
+    if llm.chosen is not None:
+        say(f"device: {llm.chosen}")
     untrained = llm.config.untrained(llm.max_seq_len)
     if untrained is not None:
         say(f"note: {untrained}")

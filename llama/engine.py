@@ -280,9 +280,9 @@ def _batch(
 class Engine:
     """A model on a device, with its KV cache. A context manager; close() frees it all.
 
-    THREADS None: one a core. KV "f32", "f16" or None: f32 for an f32 file, f16 otherwise.
-    ACTIVATIONS 8 or 16 bits for what meets quantised weights; 16, the default, takes two passes of
-    8-bit arithmetic. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
+    DEVICE "auto": cuda, else cpu; `chosen` says why. THREADS None: one a core. KV None: f32 for an
+    f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
+    of 8. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
     """
 
     MAX_SEQUENCES = MAX_SEQUENCES
@@ -309,24 +309,35 @@ class Engine:
         self._turn = threading.RLock()
         self.model = Model(path)
         options = ffi.new("llama_session_options *")
-        names = [ffi.new("char[]", (text or "").encode()) for text in (device, isa)]
-        options.device = names[0]
-        options.isa = names[1] if isa else ffi.NULL
+        _alive = options.isa = ffi.new("char[]", isa.encode()) if isa else ffi.NULL
         options.threads = _threads(threads)
         options.kv_kind = -1 if kv is None else int(Kind[kv.upper()])
         options.activations = activations or 0
         options.max_seq_len = max_seq_len or 0
-        session = ffi.new("llama_session **")
+        self.chosen: str | None = None  # how "auto" came to its device
         try:
-            check(lib.llama_session_open(self.model.handle, options, session))
+            self._open(options, device)
         except LlamaError:
             self.model.close()
             raise
-        self._session = session[0]
         self.config = self.model.config
         self.meta = self.model.meta
         self.tokenizer = self.model.tokenizer
         self.max_seq_len: int = self.info().max_seq_len
+
+    def _open(self, options: Any, device: str) -> None:
+        if device == "auto":
+            try:
+                self._open(options, "cuda")
+                self.chosen = f"cuda, {self.info().isa}"
+            except LlamaError as error:
+                self._open(options, "cpu")
+                self.chosen = f"cpu, because {error}"
+            return
+        name, session = ffi.new("char[]", device.encode()), ffi.new("llama_session **")
+        options.device = name
+        check(lib.llama_session_open(self.model.handle, options, session))
+        self._session = session[0]
 
     @property
     def handle(self) -> Any:

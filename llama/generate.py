@@ -47,7 +47,8 @@ class Llama(Heads):
         template: str | None = None, date: str | None = None,
         overflow: str = "stop", keep: int | None = None,
     ) -> None:  # fmt: skip
-        """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. MAX_SEQ_LEN:
+        """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. DEVICE: "cpu",
+        "cuda" or "auto", of which `chosen` then says what it took and why. MAX_SEQ_LEN:
         None, the model's own; warns if the model was not made for so many. KV: kind of the KV
         cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
         family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
@@ -105,6 +106,11 @@ class Llama(Heads):
             raise
 
     # --- what it is
+
+    @property
+    def chosen(self) -> str | None:
+        """How device "auto" came to its device; None for others."""
+        return self._engine.chosen
 
     @property
     def counters(self) -> Counters:

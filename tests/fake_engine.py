@@ -35,6 +35,7 @@ def byte_tokenizer() -> bytes:
 
 class FakeEngine:
     MAX_SEQUENCES = 256
+    chosen = None
 
     def __init__(
         self, max_seq_len: int = 64, *, script: bytes | None = None, **config: Any

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-C_FILES = sorted((ROOT / "lib").rglob("*.[ch]"))
+C_FILES = sorted([*(ROOT / "lib").rglob("*.[ch]"), *(ROOT / "lib").rglob("*.cu*")])
 PY_FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama").rglob("*.py")])
 PROSE = r"^(/\*|//|#|\"\"\"|r?\"\"\")"
 
@@ -37,6 +37,19 @@ MAY_INCLUDE = {
     "cpu/pool": {"error.h", "cpu/pool.h"},
     "cpu/limits": {"error.h", "cpu/limits.h", "cpu/pool.h"},
     "cuda/none": {"backend.h", "error.h"},
+    "cuda/forward": {"cuda/session.h"},
+    "cuda/session": {"backend.h", "rope.h", "cuda/memory.h"},
+    "cuda/memory": {"error.h", "model.h", "cuda/kernels.h"},
+    "cuda/kernels": set(),
+    "cuda/device": {"cuda/ptx_on_cpu.h"},  # by the emulator's include path
+    "cuda/tiles": {"llama.h", "quant.h", "cuda/device.cuh"},
+    "cuda/kv": {"llama.h", "quant.h", "cuda/device.cuh", "cuda/kernels.h"},
+    "cuda/gemv": {"cuda/kernels.h", "cuda/tiles.cuh"},
+    "cuda/gemm": {"cuda/kernels.h", "cuda/tiles.cuh"},
+    "cuda/attention": {"cuda/kv.cuh"},
+    "cuda/pages": {"cuda/kv.cuh"},
+    "cuda/ops": {"llama.h", "quant.h", "cuda/device.cuh", "cuda/kernels.h"},
+    "cuda/sampler": {"cuda/device.cuh", "cuda/kernels.h"},
 }
 # A module of llama/ and the modules it may import; the export wing may not see the run wing,
 # but for golden, which runs a file that is written.

@@ -509,5 +509,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     return 0;
 }
 
-const struct backend backend_cpu = {"cpu",     cpu_open,    cpu_close, cpu_pages,
-                                    cpu_forward, cpu_stage, cpu_read, cpu_write};
+const struct backend backend_cpu = {
+    .name = "cpu", .open = cpu_open, .close = cpu_close, .pages = cpu_pages,
+    .forward = cpu_forward, .stage = cpu_stage, .read = cpu_read, .write = cpu_write,
+};

@@ -1,0 +1,163 @@
+"""Whole models on a GPU, as tests/cuda_on_device.sh calls it: greedy tokens equal to the CPU's, and
+a 7B model of random 4-bit weights timed against the limits that cuda_bench measured.
+
+    cuda_on_device.py FOLDER [small]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from llama.engine import Engine
+from llama.format import Config, Record, Writer, expected_tensors
+from llama.quant import Kind
+from llama.sampling import SamplingParams
+
+SMALL = Config(
+    vocab_size=500, dim=256, hidden_dim=352, head_dim=64, n_layers=2, n_heads=4, n_kv_heads=2,
+    max_seq_len=256, norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+SEVEN = Config(
+    vocab_size=32000, dim=4096, hidden_dim=11008, head_dim=128, n_layers=32, n_heads=32,
+    n_kv_heads=32, max_seq_len=4096, norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def blocks(kind: Kind, rows: int, columns: int, rng: np.random.Generator) -> Any:
+    """Random codes under scales that keep a product its input's size, shifts 0."""
+    n = -(-rows // 16) * -(-columns // 32)
+    code, codes = (512, 73.0) if kind == Kind.Q8 else (256, 68.0)  # bytes a block; their rms
+    scale = rng.uniform(0.5, 1.5, (n, 16)) / codes / columns**0.5
+    half = (scale * (1 if kind == Kind.Q8 else 64)).astype(np.float16).view(np.uint16)
+    out = np.empty((n, 32 + code), np.uint8)
+    out[:, :32] = (half if kind == Kind.Q8 else (half & 0xFFC0) | 32).view(np.uint8)
+    out[:, 32:] = np.frombuffer(rng.bytes(n * code), np.uint8).reshape(n, code)
+    return out.reshape(-1).tobytes()
+
+
+def random_model(path: Path, shape: Config, kind: Kind) -> Path:
+    rng = np.random.default_rng(1)
+    records = [
+        Record(name, kind if len(size) == 2 else Kind.F32, size)
+        for name, size in expected_tensors(shape).items()
+    ]
+    with Writer(path, shape, records, force=True) as writer:
+        for record in records:
+            if len(record.shape) == 1:
+                values: Any = rng.uniform(0.8, 1.2, record.shape).astype(np.float32)
+            elif kind in (Kind.Q8, Kind.Q4):
+                values = blocks(kind, *record.shape, rng)
+            else:
+                values = rng.standard_normal(record.shape, np.float32) / record.shape[1] ** 0.5
+            writer.write(record.name, values)
+    return path
+
+
+def forward(e: Engine, tokens: list[int], sequence: int = 0) -> int:
+    """Reads TOKENS and chooses the next."""
+    n, start = len(tokens), e.length(sequence)
+    e.forward(tokens, [sequence] * n, range(start, start + n), [False] * (n - 1) + [True], True)
+    return e.sample(0, GREEDY, [], 0, 0)
+
+
+def greedy(e: Engine, prompt: list[int], n: int) -> list[int]:
+    said = [forward(e, prompt)]
+    while len(said) < n:
+        said.append(forward(e, said[-1:]))
+    return said
+
+
+def compare(folder: Path, n: int) -> None:
+    """Tokens against the CPU's, for each kind of weights and of keys and values."""
+    prompt = [(7 * i + i * i) % 500 for i in range(40)]
+    for kind in Kind:
+        path = random_model(folder / f"small-{kind.label}.bin", SMALL, kind)
+        for kv in ("f32", "f16", "q8"):
+            with Engine(path, kv=kv) as cpu, Engine(path, kv=kv, device="cuda") as gpu:
+                theirs, ours = greedy(cpu, prompt, n), greedy(gpu, prompt, n)
+            same = next((i for i in range(n) if ours[i] != theirs[i]), n)
+            print(f"{kind.label} weights, {kv} keys and values: {same} of {n} greedy tokens equal")
+            if kv == "f32" and same < n:
+                raise SystemExit("tokens differ from the CPU's")
+
+
+def timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(path: Path, shape: Config, kv: str, limits: tuple[float, float]) -> None:
+    bandwidth, rate = limits
+    steps, context = min(64, shape.max_seq_len // 8), shape.max_seq_len
+    start = time.perf_counter()
+    with Engine(path, kv=kv, device="cuda", max_seq_len=context + 2 * steps) as e:
+        forward(e, [1])
+        first = time.perf_counter() - start
+        weights, per = e.config.step_bytes, e.info().kv_bytes_per_position
+        greedy(e, [2], 3)  # every graph is recorded
+        short = steps / timed(lambda: greedy(e, [3], steps))
+        e.trim(0, 0)
+        ids = [(7 * i + i * i) % shape.vocab_size for i in range(context)]
+        chunk = min(512, context // 2)
+        forward(e, ids[:chunk])
+        e.trim(0, 0)
+        prompt = chunk / timed(lambda: forward(e, ids[:chunk]))
+        for at in range(chunk, context, chunk):
+            forward(e, ids[at : at + chunk])
+        greedy(e, [3], 3)
+        middle = e.length(0) + steps / 2
+        long = steps / timed(lambda: greedy(e, [3], steps))
+        e.trim(0, 0)
+
+        def together(n: int) -> None:
+            for _ in range(n):
+                at = [e.length(s) for s in range(16)]
+                e.forward([5] * 16, range(16), at, [True] * 16, True)
+                [e.sample(row, GREEDY, [], 0, 0) for row in range(16)]
+
+        together(3)
+        batch = 16 * steps / timed(lambda: together(steps))
+        info = e.info()
+        held = (e.config.weight_bytes + info.scratch_bytes + (context + 2 * steps) * per) / 2**30
+    params = (weights * 8 / 4.5 if shape is SEVEN else weights)  # of the layers and the head
+    per_long = weights + middle * per
+    print(f"\n| {shape.n_layers} layers of {shape.dim}, 4-bit, {kv} keys and values | measured "
+          f"| share | target |\n|---|---|---|---|")  # fmt: skip
+    print(f"| decode, tok/s | {short:.1f} | {short * weights / bandwidth:.0%} of "
+          f"{bandwidth / 1e9:.0f} GB/s | 60% |")  # fmt: skip
+    kept = long * per_long / (short * weights)
+    print(f"| decode behind {context}, tok/s | {long:.1f} | {long * per_long / bandwidth:.0%}; "
+          f"{kept:.2f} of what the KV bytes allow | 0.90 |")  # fmt: skip
+    print(f"| decode, 16 together, tok/s | {batch:.1f} | {batch / short:.1f} times one | 10 |")
+    print(f"| prompt of {chunk}, tok/s | {prompt:.0f} | {2 * prompt * params / rate:.0%} of "
+          f"{rate / 1e12:.1f} TFLOP/s | 25% |")  # fmt: skip
+    print(f"| memory for {context} positions | {held:.2f} GiB | | 6.0 GiB, q8 5.0 |")
+    print(f"| from start to first token | {first:.2f} s | | 1.5 s |")
+
+
+def main() -> None:
+    folder, small = Path(sys.argv[1]), "small" in sys.argv[2:]
+    compare(folder, 12 if small else 100)
+    found = re.search(r"limits: (\S+) B/s, (\S+) FLOP/s", (folder / "bench.log").read_text())
+    assert found, "bench.log has no limits"
+    limits = float(found[1]), float(found[2])
+    shape = replace(SMALL, max_seq_len=64) if small else SEVEN
+    path = random_model(folder / "timed.bin", shape, Kind.Q4)
+    for kv in ("f16", "q8"):
+        measure(path, shape, kv, limits)
+    path.unlink()
+
+
+if __name__ == "__main__":
+    main()
