@@ -1,7 +1,7 @@
 /* backend.h: the seam between devices. Devices differ in memory, fusion and launch, so what one
  * supplies is the whole forward pass, not single operations.
  *
- * llama.c checks everything before it comes here, keeps the cache's books, and calls one of the
+ * session.c checks everything before it comes here, keeps the cache's books, and calls one of the
  * two tables below. */
 #ifndef BACKEND_H
 #define BACKEND_H

@@ -110,7 +110,7 @@ struct on_device {
     device_matrix is;
     explicit on_device(const weights &w) : blocks(w.blocks), bias(w.bias) {
         is = {blocks.at, (size_t)kind_strip_bytes(w.kind, (uint64_t)w.columns), w.rows, w.columns,
-              (w.rows + TILE_ROWS - 1) / TILE_ROWS, w.number, w.bias.empty() ? nullptr : bias.at,
+              (w.rows + TILE_ROWS - 1) / TILE_ROWS, w.number, false, w.bias.empty() ? nullptr : bias.at,
               w.scale()};
     }
 };
@@ -158,7 +158,7 @@ static cudaError_t run(path by, const product &p, const input &in, const vectors
     const int stride = (in.columns + HALVES_UNIT - 1) / HALVES_UNIT * HALVES_UNIT;
     buffer<uint16_t> halves_(((size_t)in.n << split) * stride);
     buffer<float> unscale((size_t)in.n);
-    const halves ready = {halves_.at, unscale.at, stride, in.n, split};
+    const halves ready = {halves_.at, unscale.at, stride, in.n, split, false};
     cudaError_t error = launch_prepare(x, in.columns, ready, stream);
     if (!error)
         error = by == GEMM ? launch_gemm(p, ready, stream) : launch_gemv_ready(p, ready, 4, stream);

@@ -133,6 +133,22 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+/* Half a warp has a group of 32, two neighbours a lane: turns it as rotate_group in quant.h does,
+ * times SIZE. */
+__device__ __forceinline__ void rotate_pairs(float v[2], float size) {
+    const unsigned half = lane_number() < 16 ? 0xffffu : 0xffff0000u;
+    const float sum = v[0] + v[1];
+    v[1] = v[0] - v[1];
+    v[0] = sum;
+    for (int h = 1; h < 16; h *= 2)
+        for (int e = 0; e < 2; e++) {
+            const float other = __shfl_xor_sync(half, v[e], h);
+            v[e] = lane_number() & h ? other - v[e] : v[e] + other;
+        }
+    v[0] *= size;
+    v[1] *= size;
+}
+
 /* The power of two that brings LARGEST, if it is an ordinary number, to [2^13, 2^14): halves hold
  * all that lies up to 2^28 below it to their full precision. */
 __device__ __forceinline__ float half_scale(float largest) {

@@ -29,13 +29,17 @@ void run(part *p, cudaError_t error) {
 
 // ---- the steps of one layer
 
+bool alike(const device_matrix &a, const device_matrix &b) {
+    return a.kind == b.kind && a.rotated == b.rotated;
+}
+
 /* Products of one input, kind by kind: N_TARGETS of them. */
 void multiply(part *p, const vectors &in, int n_targets, const target *list, after then) {
     struct cuda *c = p->c;
     halves ready = {};
     for (int first = 0, last; first < n_targets; first = last) {
         last = first + 1;
-        while (last < n_targets && list[last].w.kind == list[first].w.kind) last++;
+        while (last < n_targets && alike(list[last].w, list[first].w)) last++;
         product one = {last - first, {}, then};
         for (int i = first; i < last; i++) one.targets[i - first] = list[i];
         if (in.n <= GEMV_ROWS) {
@@ -44,9 +48,10 @@ void multiply(part *p, const vectors &in, int n_targets, const target *list, aft
         }
         const int columns = list[first].w.columns;
         const bool split = list[first].w.kind == LLAMA_F32;
-        if (!ready.x || ready.split != split) {
+        const bool rotated = list[first].w.rotated;
+        if (!ready.x || ready.split != split || ready.rotated != rotated) {
             const int stride = (columns + HALVES_UNIT - 1) / HALVES_UNIT * HALVES_UNIT;
-            ready = halves{c->halves, c->unscale, stride, in.n, split};
+            ready = halves{c->halves, c->unscale, stride, in.n, split, rotated};
             run(p, launch_prepare(in, columns, ready, c->stream));
         }
         if ((split ? 2 : 1) * in.n <= 16)
@@ -103,8 +108,11 @@ void output(part *p) {
 void gate_up(part *p) {
     struct cuda *c = p->c;
     const device_layer *l = p->layer;
-    const target list[] = {{l->w1, c->gate, l->w1.rows}, {l->w3, nullptr, 0}};
-    multiply(p, normed(p, l->ffn_norm), 2, list, SWIGLU);
+    const target list[] = {{l->w1, c->gate, l->w1.rows}, {l->w3, c->up, l->w3.rows}};
+    const bool together = alike(l->w1, l->w3);
+    multiply(p, normed(p, l->ffn_norm), 2, list, together ? SWIGLU : STORE);
+    if (!together)
+        run(p, launch_swiglu(c->gate, c->up, (size_t)p->shape.n * (size_t)l->w1.rows, c->stream));
 }
 
 void down(part *p) {
@@ -404,8 +412,7 @@ int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
     const struct sequence *all[MOST_ROWS];
     device_layer there;
     uint8_t *memory = nullptr;
-    int rc = layer_check(layer, g->layer) ||
-             layer_load(&there, &memory, layer, &c->model->layers[g->layer],
+    int rc = layer_load(&there, &memory, layer, &c->model->layers[g->layer],
                         &c->weights.layers[g->layer], c->stream);
     for (size_t start = 0; start < g->n && !rc; start += (size_t)c->rows) {
         part p = {};

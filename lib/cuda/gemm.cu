@@ -157,7 +157,7 @@ __global__ void prepare(preparing p) {
     }
     const float norm = p.x.norm ? 1 / sqrtf(squares / (float)p.columns + p.x.eps) : 1;
     const float scale = half_scale(largest * norm);
-    if (!threadIdx.x) p.to.unscale[i] = 1 / scale;
+    if (!threadIdx.x) p.to.unscale[i] = (p.to.rotated ? ROTATED_UNSCALE : 1) / scale;
     uint16_t *to = p.to.x + (size_t)i * (p.to.split ? 2 : 1) * p.to.stride;
     for (int c = 2 * (int)threadIdx.x; c < p.to.stride; c += 2 * (int)blockDim.x) {
         float v[2];
@@ -166,6 +166,7 @@ __global__ void prepare(preparing p) {
             if (p.x.norm && c + e < p.columns) v[e] *= p.x.norm[c + e];
             v[e] *= scale;
         }
+        if (p.to.rotated) rotate_pairs(v, ROTATED_HALVES);
         uint32_t coarse, fine;
         split_halves(v[0], v[1], &coarse, &fine);
         *(uint32_t *)(to + c) = coarse;

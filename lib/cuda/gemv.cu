@@ -21,6 +21,7 @@ struct job {
     halves ready;
     int columns, n, columns_of_x; // of the matrix; rows of x; what these take, 2 n or n
     int tiles, piece;             // of 32 columns; tiles of x in shared memory at once
+    bool rotated;
 };
 
 /* One strip of a block's two, and where its rows go. */
@@ -92,6 +93,7 @@ __device__ void stage(const job &j, int first, int n, const measure *of, uint16_
                 if (norm && at < j.columns) v[e] *= norm[at];
                 v[e] *= of[i].scale;
             }
+            if (j.rotated) rotate_pairs(v, ROTATED_HALVES);
             uint32_t coarse, fine;
             split_halves(v[0], v[1], &coarse, &fine);
             *(uint32_t *)(to + 2 * i * stride + c) = coarse;
@@ -123,7 +125,8 @@ __device__ void finish(const job &j, const float *sums, const measure *of) {
         const target &to = j.p.targets[at.target];
         const int row = at.row + r % TILE_ROWS;
         if (!at.strip || row >= to.w.rows) continue;
-        const float unscale = of ? 1 / of[i].scale : j.ready.unscale[i];
+        const float mine = j.rotated ? ROTATED_UNSCALE : 1;
+        const float unscale = of ? mine / of[i].scale : j.ready.unscale[i];
         const float v = total(j, at, sums, i, r, unscale);
         float *y = to.y + (size_t)i * to.stride + row;
         if (j.p.then == SWIGLU) {
@@ -226,13 +229,15 @@ cudaError_t launch(job j, int processors, cudaStream_t stream) {
 
 cudaError_t launch_gemv(const product &p, const vectors &x, int processors, cudaStream_t stream) {
     const int columns = p.targets[0].w.columns;
-    const job j = {p, x, {}, columns, x.n, 2 * x.n, (columns + GROUP - 1) / GROUP, 0};
+    const job j = {p, x, {}, columns, x.n, 2 * x.n, (columns + GROUP - 1) / GROUP, 0,
+                   p.targets[0].w.rotated};
     return x.n <= GEMV_ROWS ? launch<1, true>(j, processors, stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t launch_gemv_ready(const product &p, const halves &x, int processors,
                               cudaStream_t stream) {
     const int columns = p.targets[0].w.columns, columns_of_x = x.split ? 2 * x.n : x.n;
-    const job j = {p, {}, x, columns, x.n, columns_of_x, (columns + GROUP - 1) / GROUP, 0};
+    const job j = {p, {}, x, columns, x.n, columns_of_x, (columns + GROUP - 1) / GROUP, 0,
+                   false};
     return columns_of_x <= 16 ? launch<2, false>(j, processors, stream) : cudaErrorInvalidValue;
 }

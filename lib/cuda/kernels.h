@@ -7,18 +7,23 @@
 #include <cstddef>
 #include <cstdint>
 #include <cuda_runtime.h>
+extern "C" {
+#include "../quant.h"
+}
 
 /* A matrix as the file has it (docs/format.md). */
 struct device_matrix {
     const uint8_t *data;
     size_t strip_bytes;
     int rows, columns, strips;
-    uint32_t kind;         // LLAMA_F32...
+    uint32_t kind;         // LLAMA_F32, F16, BF16, Q8 or Q4
+    bool rotated;          // q8r or q4r: its blocks meet rotated inputs
     const float *bias;     // (rows) or NULL
     float scale;           // f32 and bf16: the power of two that their halves are scaled by
 };
 
-/* y = w x + bias, for up to three matrices of one kind that share their input. */
+/* y = w x + bias, for up to three matrices of one kind, all rotated or none, that share their
+ * input. */
 enum after { STORE, ADD, SWIGLU };
 struct target {
     device_matrix w;
@@ -40,13 +45,17 @@ struct vectors {
     float eps;
 };
 
+/* Rotated inputs (lib/quant.h) are 8 times smaller in halves, which cannot overflow then; the
+ * products make up for it. */
+constexpr float ROTATED_HALVES = ROTATED_INPUT / 8, ROTATED_UNSCALE = 8;
+
 /* Rows made ready for the matrix units: halves, each row scaled by a power of two. SPLIT: row 2 i
  * is row i and row 2 i + 1 what its rounding lost, so that 22 bits of it count. */
 struct halves {
     uint16_t *x;           // (n or 2 n, stride) zeros from COLUMNS on; a multiple of 16 bytes
     float *unscale;        // (n) what a product is multiplied with in the end
     int stride, n;
-    bool split;
+    bool split, rotated;
 };
 
 constexpr int GEMV_ROWS = 4;    // as many x pass through the matrix units at once, split
@@ -67,6 +76,8 @@ cudaError_t launch_prepare(const vectors &x, int columns, const halves &to, cuda
 /* x (n, dim) = rows of the table that TOKENS (n) name, to the last bit as lib/quant.c has them. */
 cudaError_t launch_embed(const device_matrix &table, const int32_t *tokens, int n, float *x,
                          cudaStream_t stream);
+/* gate (n) = silu(gate) up, where the two matrices could not share a launch. */
+cudaError_t launch_swiglu(float *gate, const float *up, size_t n, cudaStream_t stream);
 /* to (n, dim) = the rows ROWS (n) of x, normed if NORM (dim) is not NULL. */
 cudaError_t launch_gather(const vectors &x, int dim, float *to, cudaStream_t stream);
 

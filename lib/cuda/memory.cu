@@ -115,7 +115,9 @@ device_matrix put_matrix(loader *l, const struct matrix *m) {
     d.rows = (int)m->rows;
     d.columns = (int)m->columns;
     d.strips = (int)m->strips;
+    d.rotated = m->kind->rotated;
     d.kind = m->kind_number;
+    if (d.rotated) d.kind = d.kind == LLAMA_Q8R ? (uint32_t)LLAMA_Q8 : (uint32_t)LLAMA_Q4;
     d.scale = l->memory ? matrix_scale(m) : 1;
     return d;
 }
@@ -173,12 +175,6 @@ int weights_load(device_weights *w, const struct model *model, cudaStream_t stre
         if (l.stages[i]) cudaFreeHost(l.stages[i]);
     }
     return l.failed ? -1 : 0;
-}
-
-int layer_check(const struct layer *layer, uint32_t number) {
-    if (layer->w1.kind_number == layer->w3.kind_number) return 0;
-    return fail("w1 and w3 of layer %u are of two kinds, which device \"cuda\" does not run",
-                number);
 }
 
 int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,

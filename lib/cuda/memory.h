@@ -34,8 +34,6 @@ size_t weights_count(const struct model *model);
 /* Copies them there; weights_free is right after either. */
 int weights_load(device_weights *weights, const struct model *model, cudaStream_t stream);
 void weights_free(device_weights *weights);
-/* Fails for what this pass does not run, which nothing writes: w1 and w3 of two kinds. */
-int layer_check(const struct layer *layer, uint32_t number);
 /* LAYER, which is OF but for the matrices that stand in its place elsewhere: these go to *MEMORY,
  * to be freed after either end; THERE is what OF is on the device. */
 int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,

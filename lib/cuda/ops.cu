@@ -46,8 +46,21 @@ struct embedding {
 
 __global__ void embed(embedding e) {
     const int i = (int)blockIdx.x, c = (int)(blockIdx.y * THREADS + threadIdx.x);
-    if (c < e.table.columns)
-        e.x[(size_t)i * e.table.columns + c] = weight(e.table, e.tokens[i], c);
+    if (c >= e.table.columns) return;
+    float w = weight(e.table, e.tokens[i], c);
+    if (e.table.rotated) { // a warp has a group
+        for (int h = 1; h < GROUP; h *= 2) {
+            const float other = __shfl_xor_sync(ALL_LANES, w, h);
+            w = lane_number() & h ? other - w : w + other;
+        }
+        w *= ROTATED_INPUT;
+    }
+    e.x[(size_t)i * e.table.columns + c] = w;
+}
+
+__global__ void swiglu(float *gate, const float *up, size_t n) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
 struct gathering {
@@ -82,6 +95,14 @@ cudaError_t launch_embed(const device_matrix &table, const int32_t *tokens, int 
     how.blockDim = dim3(THREADS);
     how.stream = stream;
     return cudaLaunchKernelEx(&how, embed, job);
+}
+
+cudaError_t launch_swiglu(float *gate, const float *up, size_t n, cudaStream_t stream) {
+    cudaLaunchConfig_t how = {};
+    how.gridDim = dim3((unsigned)((n + THREADS - 1) / THREADS));
+    how.blockDim = dim3(THREADS);
+    how.stream = stream;
+    return cudaLaunchKernelEx(&how, swiglu, gate, up, n);
 }
 
 cudaError_t launch_gather(const vectors &x, int dim, float *to, cudaStream_t stream) {

@@ -52,6 +52,7 @@ struct cuda {
     float *q, *attended;          // (rows, n_heads * head_dim)
     float *k, *v;                 // (rows, n_kv_heads * head_dim)
     float *gate;                  // (rows, hidden_dim)
+    float *up;                    // (rows, hidden_dim) where w1 and w3 differ in kind
     float *gathered;              // (rows, dim)
     float *logits;                // (LOGIT_ROWS, n_outputs)
     float *partial;               // attention's splits

@@ -1,0 +1,372 @@
+/* session.c: the door to what runs: a model on a device, with its cache. It checks every argument,
+ * holds the session's lock, keeps the cache's books, and calls the backend. */
+#include "backend.h"
+#include "error.h"
+#include "handles.h"
+#include "llama.h"
+#include "rope.h"
+#include "sampler.h"
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct llama_session {
+    llama_model *model;
+    const struct backend *backend;
+    void *state;           // the backend's
+    struct cache cache;
+    pthread_mutex_t lock;  // held through each call
+    pid_t process;         // that opened it; a fork of it has no worker threads
+    llama_session_info info;
+    float *kept;           // (n_kept, n_outputs) logits of the last forward; where they are
+    size_t n_kept, kept_room;
+    bool on_device;        // on the device, room for one row of them
+};
+
+static int options_check(const llama_session_options *o, const struct backend **backend) {
+    const char *device = o->device ? o->device : "cpu";
+    *backend = !strcmp(device, "cpu") ? &backend_cpu : !strcmp(device, "cuda") ? &backend_cuda : 0;
+    if (!*backend) return fail("device \"%s\", expected cpu or cuda", device);
+    if (o->kv_kind != -1 && o->kv_kind != LLAMA_F32 && o->kv_kind != LLAMA_F16 &&
+        o->kv_kind != LLAMA_Q8)
+        return fail("KV cache kind %d, expected f32, f16 or q8", o->kv_kind);
+    if (o->activations != 0 && o->activations != 8 && o->activations != 16)
+        return fail("activations is %d, expected 8 or 16", o->activations);
+    if (o->max_seq_len > 1 << 24)
+        return fail("max_seq_len is %u, expected at most %d", o->max_seq_len, 1 << 24);
+    return 0;
+}
+
+int llama_session_open(llama_model *model, const llama_session_options *options,
+                       llama_session **session) {
+    if (!model || !options || !session) return fail("llama_session_open: an argument is NULL");
+    *session = NULL;
+    const struct backend *backend;
+    if (options_check(options, &backend)) return -1;
+    llama_session *s = calloc(1, sizeof *s);
+    if (!s) return fail("out of memory for a session");
+    const llama_config *c = &model->model.config;
+    const int usual = model_rotated(&model->model) ? 8 : 16;
+    s->info = (llama_session_info){
+        .device = backend->name,
+        .max_seq_len = options->max_seq_len ? options->max_seq_len : c->max_seq_len,
+        .page_positions = PAGE_POSITIONS,
+        .activations = options->activations ? options->activations : usual,
+    };
+    if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
+    s->backend = backend;
+    s->model = model;
+    s->process = getpid();
+    atomic_fetch_add(&model->users, 1);
+    cache_open(&s->cache, backend->pages(s->state));
+    pthread_mutex_init(&s->lock, NULL);
+    *session = s;
+    return 0;
+}
+
+void llama_session_close(llama_session *s) {
+    if (!s) return;
+    cache_close(&s->cache);
+    s->backend->close(s->state);
+    pthread_mutex_destroy(&s->lock);
+    free(s->kept);
+    model_release(s->model);
+    free(s);
+}
+
+int llama_get_session_info(llama_session *s, llama_session_info *info) {
+    if (!s || !info) return fail("llama_get_session_info: an argument is NULL");
+    pthread_mutex_lock(&s->lock);
+    *info = s->info;
+    info->kv_bytes = s->cache.n_all * info->kv_bytes_per_position * PAGE_POSITIONS;
+    info->scratch_bytes += s->kept_room * s->model->model.config.n_outputs * sizeof(float);
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
+/* Checks each row, and that the rows of a sequence follow on from its length; ENDS gets each
+ * sequence's length after the batch. */
+static int batch_check(const llama_session *s, const llama_batch *b,
+                       uint32_t ends[LLAMA_MAX_SEQUENCES], size_t *wanted) {
+    const uint32_t vocab_size = s->model->model.config.vocab_size;
+    for (int i = 0; i < LLAMA_MAX_SEQUENCES; i++) ends[i] = s->cache.sequences[i].length;
+    *wanted = 0;
+    for (size_t i = 0; i < b->n; i++) {
+        const int32_t token = b->tokens[i], sequence = b->sequences[i], at = b->positions[i];
+        if (token < 0 || (uint32_t)token >= vocab_size)
+            return fail("token id %d, expected 0 to %u", token, vocab_size - 1);
+        if (sequence < 0 || sequence >= LLAMA_MAX_SEQUENCES)
+            return fail("sequence %d, expected 0 to %d", sequence, LLAMA_MAX_SEQUENCES - 1);
+        if (at < 0 || (uint32_t)at >= s->info.max_seq_len)
+            return fail("position %d does not fit the context of %u tokens", at,
+                        s->info.max_seq_len);
+        if ((uint32_t)at != ends[sequence])
+            return fail("position %d of sequence %d, expected %u, its length", at, sequence,
+                        ends[sequence]);
+        const int32_t length = b->rope_lengths ? b->rope_lengths[i] : 0;
+        if (length < 0 || (uint32_t)length > s->info.max_seq_len)
+            return fail("rope length %d, expected 0 to %u", length, s->info.max_seq_len);
+        ends[sequence]++;
+        *wanted += b->want && b->want[i];
+    }
+    return 0;
+}
+
+static int keep_room(llama_session *s, size_t rows) {
+    if (rows <= s->kept_room) return 0;
+    const size_t n_outputs = s->model->model.config.n_outputs;
+    if (rows > SIZE_MAX / sizeof(float) / n_outputs) return fail("too many rows want logits");
+    float *kept = realloc(s->kept, rows * n_outputs * sizeof *kept);
+    if (!kept) return fail("out of memory for the logits of %zu rows", rows);
+    s->kept = kept;
+    s->kept_room = rows;
+    return 0;
+}
+
+static int forward_locked(llama_session *s, const llama_batch *b, float *logits) {
+    uint32_t ends[LLAMA_MAX_SEQUENCES];
+    size_t wanted;
+    if (batch_check(s, b, ends, &wanted)) return -1;
+    if (!logits && b->hidden) return fail("hidden states are not kept: give them a place");
+    const bool stay = !logits && wanted <= s->backend->keeps;
+    s->n_kept = 0;
+    if (!logits && !stay && keep_room(s, wanted)) return -1;
+    const struct sequence **of = malloc((b->n + 1) * sizeof *of);
+    int rc = of ? 0 : fail("out of memory for a batch of %zu rows", b->n);
+    for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES && !rc; i++)
+        rc = cache_reserve(&s->cache, i, ends[i]);
+    if (!rc) {
+        for (size_t i = 0; i < b->n; i++) of[i] = &s->cache.sequences[b->sequences[i]];
+        const struct rows rows = {.n = b->n, .tokens = b->tokens, .positions = b->positions,
+                                  .want = b->want, .of = of, .rope_lengths = b->rope_lengths,
+                                  .wanted = wanted, .hidden = b->hidden, .stream = b->stream};
+        rc = s->backend->forward(s->state, &rows, logits ? logits : stay ? NULL : s->kept);
+    }
+    free(of);
+    for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES; i++) {
+        if (rc) cache_trim(&s->cache, i, s->cache.sequences[i].length);
+        else cache_commit(&s->cache, i, ends[i]);
+    }
+    if (!rc && !logits) s->n_kept = wanted;
+    s->on_device = stay;
+    return rc;
+}
+
+static int check_process(const llama_session *s) {
+    if (s->process == getpid()) return 0;
+    return fail("this session belongs to another process, which forked: open one here");
+}
+
+int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
+    if (!s || !batch || (batch->n && !(batch->tokens && batch->sequences && batch->positions)))
+        return fail("llama_forward: an argument is NULL");
+    if (check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = forward_locked(s, batch, logits);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+/* A sequence's place, or NULL with the reason. */
+static struct sequence *sequence_find(llama_session *s, int32_t sequence) {
+    if (!s) return fail("the session is NULL"), NULL;
+    if (sequence >= 0 && sequence < LLAMA_MAX_SEQUENCES) return &s->cache.sequences[sequence];
+    fail("sequence %d, expected 0 to %d", sequence, LLAMA_MAX_SEQUENCES - 1);
+    return NULL;
+}
+
+int llama_length(llama_session *s, int32_t sequence, uint32_t *length) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q) return -1;
+    if (!length) return fail("llama_length: length is NULL");
+    pthread_mutex_lock(&s->lock);
+    *length = q->length;
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
+int llama_trim(llama_session *s, int32_t sequence, uint32_t length) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = length <= q->length ? 0 : fail("cannot trim sequence %d to %u: it has %u positions",
+                                            sequence, length, q->length);
+    if (!rc) cache_trim(&s->cache, sequence, length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
+    const struct sequence *q = sequence_find(s, from);
+    if (!q || !sequence_find(s, to)) return -1;
+    if (from == to) return fail("cannot fork sequence %d onto itself", from);
+    pthread_mutex_lock(&s->lock);
+    int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
+                                 : fail("cannot fork %u positions of sequence %d: it has %u",
+                                        length, from, q->length);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int stage_locked(llama_session *s, const llama_stage *g) {
+    struct layer layer;
+    const bool takes = g->stage == LLAMA_STAGE_GATE_UP || g->stage == LLAMA_STAGE_END;
+    if (g->stage > LLAMA_STAGE_HEAD) return fail("stage %u of a layer, expected 0 to 5", g->stage);
+    if ((takes && !g->given) || (g->stage != LLAMA_STAGE_END && !g->inputs))
+        return fail("llama_run_stage: given or inputs is NULL, which stage %u needs", g->stage);
+    if (model_layer(&s->model->model, g->layer, g->kinds, g->blocks, &layer)) return -1;
+    if (g->n > s->info.max_seq_len)
+        return fail("a text of %zu tokens does not fit the context of %u", g->n,
+                    s->info.max_seq_len);
+    if (s->cache.sequences[0].length) return fail("llama_run_stage: sequence 0 is not empty");
+    int rc = cache_reserve(&s->cache, 0, (uint32_t)g->n);
+    if (!rc) rc = s->backend->stage(s->state, g, &layer, &s->cache.sequences[0]);
+    cache_trim(&s->cache, 0, 0);
+    return rc;
+}
+
+int llama_run_stage(llama_session *s, const llama_stage *stage) {
+    if (!s || !stage || !stage->stream) return fail("llama_run_stage: an argument is NULL");
+    if (check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = stage_locked(s, stage);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int slide_locked(llama_session *s, int32_t sequence, uint32_t first, uint32_t count) {
+    const llama_config *c = &s->model->model.config;
+    const uint32_t length = s->cache.sequences[sequence].length;
+    if (first > length || count > length - first)
+        return fail("cannot drop %u positions from %u on of sequence %d: it has %u", count, first,
+                    sequence, length);
+    if (rope_length(c, (int32_t)s->info.max_seq_len, 0))
+        return fail("a context of %u tokens cannot slide: the model's dynamic rope scaling turns "
+                    "keys by bases of their own beyond %.0f", s->info.max_seq_len,
+                    (double)c->rope_numbers[1]);
+    if (first + count == length) return cache_trim(&s->cache, sequence, first), 0;
+    return count ? cache_slide(&s->cache, sequence, first, count) : 0;
+}
+
+int llama_slide(llama_session *s, int32_t sequence, uint32_t first, uint32_t count) {
+    if (!sequence_find(s, sequence) || check_process(s)) return -1;
+    pthread_mutex_lock(&s->lock);
+    int rc = slide_locked(s, sequence, first, count);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+/* That N positions from FIRST on lie within [0, END), and take N_BYTES. */
+static int check_kv(const llama_session *s, int32_t sequence, uint32_t first, uint32_t n,
+                    size_t n_bytes, uint32_t end) {
+    if (first > end || n > end - first)
+        return fail("positions %u to %llu of sequence %d, expected at most %u", first,
+                    (unsigned long long)first + n, sequence, end);
+    if (n_bytes != n * s->info.kv_bytes_per_position)
+        return fail("%zu bytes of keys and values for %u positions, expected %llu", n_bytes, n,
+                    (unsigned long long)(n * s->info.kv_bytes_per_position));
+    return 0;
+}
+
+int llama_read_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, void *kv,
+                  size_t n_bytes) {
+    const struct sequence *q = sequence_find(s, sequence);
+    if (!q || check_process(s)) return -1;
+    if (!kv) return fail("llama_read_kv: kv is NULL");
+    pthread_mutex_lock(&s->lock);
+    int rc = check_kv(s, sequence, first, n, n_bytes, q->length);
+    if (!rc && n) rc = s->backend->read(s->state, q, first, n, kv);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+static int write_locked(llama_session *s, int32_t sequence, uint32_t first, uint32_t n,
+                        const void *kv, size_t n_bytes) {
+    const struct sequence *q = &s->cache.sequences[sequence];
+    if (first != q->length)
+        return fail("keys and values for position %u of sequence %d, expected %u, its length",
+                    first, sequence, q->length);
+    if (check_kv(s, sequence, first, n, n_bytes, s->info.max_seq_len)) return -1;
+    if (!n) return 0;
+    if (cache_reserve(&s->cache, sequence, first + n)) return -1;
+    int rc = s->backend->write(s->state, q, first, n, kv);
+    if (rc) cache_trim(&s->cache, sequence, first);
+    else cache_commit(&s->cache, sequence, first + n);
+    return rc;
+}
+
+int llama_write_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, const void *kv,
+                   size_t n_bytes) {
+    if (!sequence_find(s, sequence) || check_process(s)) return -1;
+    if (!kv) return fail("llama_write_kv: kv is NULL");
+    pthread_mutex_lock(&s->lock);
+    int rc = write_locked(s, sequence, first, n, kv, n_bytes);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+// ---- sampling
+
+int llama_sample_logits(const float *logits, size_t vocab_size, const llama_sampling *sampling,
+                        const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
+                        uint64_t position, int32_t *token) {
+    if (!logits) return fail("llama_sample: an argument is NULL");
+    if (sampler_check(vocab_size, sampling, seen, n_seen, n_said, token)) return -1;
+    return sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said,
+                        sampler_random(sampling->seed, completion, position), token);
+}
+
+static int check_kept(const llama_session *s, size_t row) {
+    if (s->model->model.config.head != LLAMA_HEAD_LM)
+        return fail("this model has no language-model head");
+    if (row < s->n_kept) return 0;
+    return fail("no logits kept for row %zu: the last forward kept %zu", row, s->n_kept);
+}
+
+/* Kept row ROW's logits on the host, or NULL with the reason. */
+static const float *kept_row(llama_session *s, size_t row) {
+    if (check_kept(s, row)) return NULL;
+    if (!s->on_device) return s->kept + row * s->model->model.config.n_outputs;
+    return keep_room(s, 1) || s->backend->fetch(s->state, row, s->kept) ? NULL : s->kept;
+}
+
+static int sample_locked(llama_session *s, size_t row, const llama_sampling *sampling,
+                         const int32_t *seen, size_t n_seen, size_t n_said, double random,
+                         int32_t *token) {
+    const size_t vocab_size = s->model->model.config.vocab_size;
+    if (check_kept(s, row) || sampler_check(vocab_size, sampling, seen, n_seen, n_said, token))
+        return -1;
+    const int rc = !s->on_device ? 1 : s->backend->sample(s->state, row, sampling, seen, n_seen,
+                                                          n_said, random, token);
+    if (rc <= 0) return rc;
+    const float *logits = kept_row(s, row);
+    return !logits ? -1 : sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said, random,
+                                       token);
+}
+
+int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
+                 const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
+                 uint64_t position, int32_t *token) {
+    if (!s) return fail("llama_sample: session is NULL");
+    pthread_mutex_lock(&s->lock);
+    const double random = sampling ? sampler_random(sampling->seed, completion, position) : 0;
+    int rc = sample_locked(s, row, sampling, seen, n_seen, n_said, random, token);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
+
+int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob, size_t n,
+                   int32_t *ids, double *top) {
+    if (!s || !logprob || (n && (!ids || !top)))
+        return fail("llama_logprobs: an argument is NULL");
+    const size_t vocab_size = s->model->model.config.vocab_size;
+    if (token < 0 || (size_t)token >= vocab_size || n > vocab_size)
+        return fail("logprobs of token id %d and %zu others, expected below %zu", token, n,
+                    vocab_size);
+    pthread_mutex_lock(&s->lock);
+    const float *logits = kept_row(s, row);
+    int rc = logits ? sampler_logprobs(logits, vocab_size, token, logprob, n, ids, top) : -1;
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
