@@ -29,6 +29,7 @@ from llama.overflow import Overflow, Window
 from llama.request import Prompt, Request
 from llama.reward import Judge
 from llama.sampling import SamplingParams
+from llama.speculate import proposer
 from llama.stream import Stream
 from llama.templates import ChatTemplate
 from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
@@ -46,6 +47,7 @@ class Llama(Heads):
         isa: str | None = None,
         template: str | None = None, date: str | None = None,
         overflow: str = "stop", keep: int | None = None,
+        lookup: int = 0, draft: Llama | str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. DEVICE: "cpu",
         "cuda" or "auto", of which `chosen` then says what it took and why. MAX_SEQ_LEN:
@@ -70,6 +72,14 @@ class Llama(Heads):
             ),
             template, date, overflow, keep,
         )  # fmt: skip
+        try:
+            if isinstance(draft, (str, os.PathLike)):
+                draft = Llama(draft, threads=threads, device=device, isa=isa)
+                self._own_draft = draft
+            self._speculate(lookup, draft)
+        except BaseException:
+            self.close()
+            raise
         untrained = self.config.untrained(self.max_seq_len)
         if untrained is not None:
             warnings.warn(untrained, stacklevel=2)
@@ -77,11 +87,13 @@ class Llama(Heads):
     @classmethod
     def on(
         cls, engine: Engine, template: str | None = None, date: str | None = None,
-        overflow: str = "stop", keep: int | None = None,
+        overflow: str = "stop", keep: int | None = None, lookup: int = 0,
+        draft: Llama | None = None,
     ) -> Llama:  # fmt: skip
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
         llm._setup(engine, template, date, overflow, keep)
+        llm._speculate(lookup, draft)
         return llm
 
     def _setup(
@@ -93,6 +105,7 @@ class Llama(Heads):
         self._template: ChatTemplate | None = None
         self._other: tuple[str, ChatTemplate] | None = None  # of the date last asked for
         self._judged: tuple[Llama, Judge] | None = None  # the reward model last asked
+        self._own_draft: Llama | None = None  # which is closed with this one
         try:
             self.config: Config = engine.config
             config = engine.config
@@ -105,12 +118,24 @@ class Llama(Heads):
             engine.close()
             raise
 
+    def _speculate(self, lookup: int, draft: object) -> None:
+        if draft is not None and not isinstance(draft, Llama):
+            raise LlamaError(f"draft must be a Llama or a path, found {type(draft).__name__}")
+        small = None if draft is None else (draft._batches, draft.tokenizer)
+        self._batches.proposer = proposer(self._batches, self.tokenizer, lookup, small)
+
     # --- what it is
 
     @property
     def chosen(self) -> str | None:
         """How device "auto" came to its device; None for others."""
         return self._engine.chosen
+
+    @property
+    def drafts_by(self) -> str | None:
+        """What speculates, "lookup" or "draft", if anything does."""
+        proposer = self._batches.proposer
+        return None if proposer is None else proposer.name
 
     @property
     def counters(self) -> Counters:
@@ -373,6 +398,8 @@ class Llama(Heads):
             if not self._batches.closed:
                 self._batches.closed = True
                 self._engine.close()
+        if self._own_draft is not None:
+            self._own_draft.close()
 
     def __enter__(self) -> Llama:
         return self
