@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class Llama(Heads):
     """A model, open. Threads may share it: their forward passes take turns. A context manager."""
 
+    _own_draft: Llama | None = None  # opened here, and closed with this one
+
     def __init__(
         self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu",
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
@@ -72,14 +74,9 @@ class Llama(Heads):
             ),
             template, date, overflow, keep,
         )  # fmt: skip
-        try:
-            if isinstance(draft, (str, os.PathLike)):
-                draft = Llama(draft, threads=threads, device=device, isa=isa)
-                self._own_draft = draft
-            self._speculate(lookup, draft)
-        except BaseException:
-            self.close()
-            raise
+        self._speculate(lookup, draft, {
+            "threads": threads, "device": device, "kv": kv, "activations": activations, "isa": isa,
+        })  # fmt: skip
         untrained = self.config.untrained(self.max_seq_len)
         if untrained is not None:
             warnings.warn(untrained, stacklevel=2)
@@ -93,7 +90,7 @@ class Llama(Heads):
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
         llm._setup(engine, template, date, overflow, keep)
-        llm._speculate(lookup, draft)
+        llm._speculate(lookup, draft, {})
         return llm
 
     def _setup(
@@ -105,7 +102,6 @@ class Llama(Heads):
         self._template: ChatTemplate | None = None
         self._other: tuple[str, ChatTemplate] | None = None  # of the date last asked for
         self._judged: tuple[Llama, Judge] | None = None  # the reward model last asked
-        self._own_draft: Llama | None = None  # which is closed with this one
         try:
             self.config: Config = engine.config
             config = engine.config
@@ -118,11 +114,18 @@ class Llama(Heads):
             engine.close()
             raise
 
-    def _speculate(self, lookup: int, draft: object) -> None:
-        if draft is not None and not isinstance(draft, Llama):
-            raise LlamaError(f"draft must be a Llama or a path, found {type(draft).__name__}")
-        small = None if draft is None else (draft._batches, draft.tokenizer)
-        self._batches.proposer = proposer(self._batches, self.tokenizer, lookup, small)
+    def _speculate(self, lookup: int, draft: Any, options: dict[str, Any]) -> None:
+        """OPTIONS: how a draft model is opened that is given as a path."""
+        try:
+            if isinstance(draft, (str, os.PathLike)):
+                draft = self._own_draft = Llama(draft, **options)
+            if draft is not None and not isinstance(draft, Llama):
+                raise LlamaError(f"draft must be a Llama or a path, found {type(draft).__name__}")
+            small = None if draft is None else (draft._batches, draft.tokenizer)
+            self._batches.proposer = proposer(self._batches, self.tokenizer, lookup, small)
+        except BaseException:
+            self.close()
+            raise
 
     # --- what it is
 
