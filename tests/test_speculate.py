@@ -1,0 +1,354 @@
+"""Speculative decoding: whatever is drafted, the text and its logprobs are those without drafts.
+
+Judged against the same engine without a proposer, first on the fake engine, which catches every
+token left behind in a cache, with proposers that guess well, badly and maliciously; then on real
+models with every knob there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_models
+import tiny_chat
+from fake_engine import FakeEngine, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama.completion import Job, Result
+from llama.config import Config, Head, Rope
+from llama.errors import LlamaError
+from llama.format import Record, TokenizerKind, Writer, read
+from llama.generate import Llama
+from llama.quant import Kind
+from llama.sampling import SamplingParams
+from llama.speculate import LONGEST, PLACES, SHORTEST, Pace, Repeats, worth
+
+
+def told(results: Any) -> Any:
+    """What a caller is told, but for how it was computed."""
+    if isinstance(results, list):
+        return [told(one) for one in results]
+    return dataclasses.replace(results, prompt_seconds=0, decode_seconds=0, cached_tokens=0)
+
+
+# --- any proposer, on the fake engine
+
+
+class Oracle:
+    """Knows what comes, from an earlier run, and spoils its drafts as it is told."""
+
+    name, bytes_read = "oracle", 0
+
+    def __init__(self, known: Sequence[Result], spoil: Sequence[str]) -> None:
+        self._known = {(result.completion, result.seed): result.token_ids for result in known}
+        self._spoil, self._n = spoil, 0
+        self.asked: list[int] = []
+
+    def propose(self, asked: Sequence[tuple[Job, int]]) -> list[list[int]]:
+        return [self._draft(job, most) for job, most in asked]
+
+    def _draft(self, job: Job, most: int) -> list[int]:
+        assert job.result is None and most >= 0
+        self.asked.append(most)
+        seed = job.params.seed if job.params.temperature else None
+        coming = self._known[job.completion, seed][len(job.ids) - job.n_prompt :]
+        self._n += 1
+        how = self._spoil[self._n % len(self._spoil)]
+        right = coming[:most]
+        if how == "right":
+            return right
+        if how == "beyond":
+            return [*coming, *[40] * 300]
+        if how == "wrong":
+            return [(token + 1) % 260 for token in right]
+        if how == "middle":
+            return [*right[: most // 2], 41, *right[most // 2 :]]
+        return [*right[: most // 2], {"huge": 2**40, "negative": -1, "next": 260}[how], *right]
+
+    def release(self, job: Job) -> None:
+        pass
+
+
+SPOILED = ["right", "beyond", "wrong", "middle", "huge", "negative", "next", "right"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=30), min_size=1, max_size=5, unique=True),
+    st.lists(st.sampled_from(SPOILED), min_size=1, max_size=6),
+    st.lists(st.integers(1, 60), min_size=5, max_size=5),
+    st.sampled_from(["stop", "slide"]), st.booleans(), st.integers(1, 4),
+    st.sampled_from([1, 2, 16, 40, 64]), st.sampled_from([(), ("a", "zq"), ("!", "7")]),
+    st.sampled_from([32, 40, 200]),
+)  # fmt: skip
+def test_no_proposer_changes_a_text(
+    prompts: list[str], spoil: list[str], lengths: list[int], overflow: str, greedy: bool, n: int,
+    chunk: int, stop: tuple[str, ...], size: int,
+) -> None:  # fmt: skip
+    params = [
+        SamplingParams(temperature=0.0 if greedy else 1.0, seed=7 + i, max_tokens=length,
+                       stop=stop, logprobs=2)
+        for i, (length, _) in enumerate(zip(lengths, prompts, strict=False))
+    ]  # fmt: skip
+    for prompt, one in zip(prompts, params, strict=True):
+        plain = Llama.on(FakeEngine(size), overflow=overflow)  # type: ignore[arg-type]
+        right = plain.generate(prompt, one, n=n)
+        fake = FakeEngine(size)
+        llm = Llama.on(fake, overflow=overflow)  # type: ignore[arg-type]
+        llm._batches._chunk = chunk
+        llm._batches.proposer = Oracle(right, spoil)
+        found = llm.generate(prompt, one, n=n)
+        assert told(found) == told(right)
+        assert max(fake.calls) <= max(chunk, 64)
+        c = llm.counters
+        assert c.accepted_tokens <= c.drafted_tokens
+        # all that was sampled is a decoded token, but for the first ones, which the prompt gave
+        assert c.decode_tokens <= sum(len(r.token_ids) for r in found)
+        idle = llm._batches.slots._idle
+        assert not llm._batches.slots._busy
+        assert all(fake.length(slot.number) >= len(slot.tokens) for slot in idle)
+        # what stays is as good as ever
+        for again in (prompt, prompt + "a"):
+            assert told(llm_plainly(llm, again, one)) == told(plain.generate(again, one))
+
+
+def llm_plainly(llm: Llama, prompt: str, params: SamplingParams) -> Result:
+    kept, llm._batches.proposer = llm._batches.proposer, None
+    try:
+        return llm.generate(prompt, params)
+    finally:
+        llm._batches.proposer = kept
+
+
+def test_an_oracle_saves_steps_and_is_never_asked_for_too_much() -> None:
+    plain, fake = Llama.on(FakeEngine(100)), FakeEngine(100)  # type: ignore[arg-type]
+    params = SamplingParams(temperature=0.0, max_tokens=70)
+    right = plain.generate("hello", params)
+    llm = Llama.on(fake)  # type: ignore[arg-type]
+    llm._batches.proposer = oracle = Oracle([right], ["right"])
+    assert told(llm.generate("hello", params)) == told(right)
+    # the first token is the prompt's; 63 drafted ones and one more; the last 5 and one more
+    assert fake.calls == [5, 64, 5] and oracle.asked == [63, 4]
+    assert (llm.counters.drafted_tokens, llm.counters.accepted_tokens) == (67, 67)
+    assert (llm.counters.decode_tokens, llm.counters.decode_steps) == (69, 2)
+    # the context's end in place of max_tokens
+    fake.calls.clear()
+    params = SamplingParams(temperature=0.0)
+    oracle._known[0, None] = plain.generate("hello", params).token_ids
+    assert told(llm.generate("hello", params)) == told(plain.generate("hello", params))
+    assert len(fake.sequences[llm._batches.slots._idle[0].number]) <= 100
+
+
+def test_nothing_is_drafted_while_a_prompt_is_read() -> None:
+    fake = FakeEngine(600)
+    plain = Llama.on(FakeEngine(600))  # type: ignore[arg-type]
+    params = [SamplingParams(temperature=0.0, max_tokens=n) for n in (40, 5)]
+    prompts = ["short", "x" * 400]
+    right = plain.generate(prompts, params)
+    llm = Llama.on(fake)  # type: ignore[arg-type]
+    llm._batches.proposer = oracle = Oracle(right, ["right"])
+    steps: list[int] = []
+    draft = oracle._draft
+
+    def noted(job: Job, most: int) -> list[int]:
+        steps.append(len(fake.calls))
+        return draft(job, most) if job.n_prompt == 5 else [77] * most
+
+    oracle._known = {(0, None): right[0].token_ids}
+    oracle._draft = noted  # type: ignore[method-assign]
+    assert told(llm.generate(prompts, params)) == told(right)
+    assert sum(fake.calls[:3]) == 5 + 400 + 2 and steps[0] == 3
+
+
+def test_a_stream_cancelled_midway_is_what_was_read_of_it() -> None:
+    plain = Llama.on(FakeEngine(200))  # type: ignore[arg-type]
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=90)
+    right = plain.generate("hello", params)
+    for stop_at in range(1, 6):
+        llm = Llama.on(FakeEngine(200))  # type: ignore[arg-type]
+        llm._batches.proposer = Oracle([right], ["right", "middle"])
+        llm._batches._chunk = 12
+        stream, text = llm.stream("hello", params), ""
+        for _ in range(stop_at):
+            text += next(stream)
+        stream.cancel()
+        text += "".join(stream)
+        assert stream.result is not None
+        assert stream.result.finish_reason == "cancelled"
+        assert text == stream.result.text == right.text[: len(text)]
+        assert stream.result.token_ids == right.token_ids[: len(text)] and len(text) >= stop_at
+        assert len(text) > stop_at or stop_at == 1
+        assert told(llm.generate("hello", params)) == told(right)
+
+
+def test_text_before_an_error_is_not_lost() -> None:
+    """Where the context's end is an error, a stream gives all that was certain before it."""
+    texts = []
+    right = Llama.on(FakeEngine(64)).generate("hello", SamplingParams(temperature=0.0))  # type: ignore[arg-type]
+    for proposer in (None, Oracle([right], ["right"])):
+        llm = Llama.on(FakeEngine(64), overflow="error")  # type: ignore[arg-type]
+        llm._batches.proposer = proposer
+        text = ""
+        with pytest.raises(LlamaError, match="the context of 64 tokens is full"):
+            for piece in llm.stream("hello", SamplingParams(temperature=0.0)):
+                text += piece
+        texts.append(text)
+        assert not llm._batches.slots._busy
+    assert texts[0] == texts[1] and len(texts[0]) == 58
+
+
+# --- lookup's own
+
+
+def plain_search(ids: list[int], most: int) -> list[int]:
+    """The MOST tokens behind the place that shares most with the end, by looking everywhere."""
+    best = (SHORTEST - 1, -1)
+    places = [p for p in range(SHORTEST, len(ids)) if ids[p - SHORTEST : p] == ids[-SHORTEST:]]
+    for place in places[-PLACES:]:
+        shared = 0
+        while shared < min(place, LONGEST) and ids[place - shared - 1] == ids[-shared - 1]:
+            shared += 1
+        best = max(best, (shared, place))
+    if best[1] < 0:
+        return []
+    text = list(ids)
+    for i in range(most):
+        text.append(text[best[1] + i])
+    return text[len(ids) :]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 2), max_size=120), st.lists(st.integers(1, 9), max_size=30),
+    st.integers(1, 9),
+)  # fmt: skip
+def test_lookup_finds_the_longest_repetition(text: list[int], steps: list[int], most: int) -> None:
+    repeats, ids = Repeats(), []
+    for step in steps:
+        ids += text[len(ids) : len(ids) + step]
+        assert repeats.draft(ids, most, worth=0.0) == plain_search(ids, most)
+
+
+def test_lookup_drafts_a_repeated_text_and_gives_up_on_noise() -> None:
+    said = b"to be or not to be, that is the question. "
+    fake = FakeEngine(4000, script=said * 100)
+    llm = Llama.on(fake, lookup=8)  # type: ignore[arg-type]
+    plain = Llama.on(FakeEngine(4000, script=said * 100))  # type: ignore[arg-type]
+    params = SamplingParams(temperature=0.0, max_tokens=800)
+    assert told(llm.generate("x", params)) == told(plain.generate("x", params))
+    c = llm.counters
+    assert c.decode_tokens == 799 and c.decode_steps < 799 / 6
+    assert c.accepted_tokens > 0.97 * c.drafted_tokens
+    babble = Llama.on(FakeEngine(4000), lookup=8)  # type: ignore[arg-type]
+    babble.generate("x", SamplingParams(temperature=1.0, seed=1, max_tokens=3000))
+    assert babble.counters.drafted_tokens < 100
+    assert not babble._batches.proposer._texts  # type: ignore[union-attr]
+
+
+def test_pace() -> None:
+    pace = Pace(0.5)
+    for _ in range(40):
+        pace.learn([1, 2, 3], [1, 2, 3, 4])
+    assert pace.length(worth(1), 8) == 8 and pace.chance < 1
+    for _ in range(40):
+        pace.learn([1, 2, 3], [2])
+    assert pace.length(worth(1), 8) == 0 and pace.chance > 0
+    before = pace.chance
+    pace.learn([1, 2], [])  # nothing came: nothing is known
+    pace.learn([], [1, 2])
+    assert pace.chance == before
+    # company makes a step's other rows cheaper than a draft that may be wrong
+    assert [round(worth(n), 2) for n in (1, 16)] == [0.13, 0.71]
+
+
+# --- real models
+
+CHAT = tiny_chat.CONFIG
+KNOBS = {
+    "greedy": {"temperature": 0.0},
+    "greedy, penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    "drawn": {"temperature": 1.0, "top_p": 1.0},
+    "cold": {"temperature": 0.2, "min_p": 0.05},
+    "filters": {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "typical_p": 0.9},
+    "penalties": {"temperature": 0.7, "repetition_penalty": 1.2, "presence_penalty": 1.0,
+                  "frequency_penalty": -0.5},
+    "bias": {"temperature": 0.8, "logit_bias": {100: 3.0, 101: -np.inf, 102: 2.0}},
+    "mirostat": {"temperature": 0.9, "mirostat_tau": 2.0, "mirostat_eta": 0.3},
+    "mirostat, penalties": {"temperature": 1.2, "mirostat_tau": 3.0, "presence_penalty": 0.7},
+    "stop": {"temperature": 0.5, "stop": ("e", "th", "\n")},
+}  # fmt: skip
+
+
+def write(path: Path, noise: float = 0.0, shape: Config = CHAT, seed: int = 3) -> Path:
+    """tiny_chat's model at another SHAPE, or near it: NOISE is added to every matrix."""
+    rng, other = np.random.default_rng(seed), np.random.default_rng(9)
+    from llama.config import expected_tensors
+
+    records = [Record(name, Kind.F32, size) for name, size in expected_tensors(shape).items()]
+    kind = (TokenizerKind.JSON, byte_tokenizer())
+    meta = {"template.family": "chatml"}
+    with Writer(path, shape, records, tokenizer=kind, meta=meta) as writer:
+        for record in records:
+            values = rng.normal(size=record.shape)
+            values = values + noise * other.normal(size=record.shape)
+            if "norm" in record.name:
+                values = np.ones(record.shape)
+            writer.write(record.name, values.astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("speculate")
+    near = dataclasses.replace(CHAT, max_seq_len=48)
+    return {
+        "target": write(folder / "target.bin"), "near": write(folder / "near.bin", 0.02),
+        "short": write(folder / "short.bin", 0.02, near), "far": write(folder / "far.bin", seed=4),
+    }  # fmt: skip
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "lookup": {"lookup": 8}, "itself": {"draft": "target"}, "near": {"draft": "near"},
+    "short": {"draft": "short"}, "far": {"draft": "far"},
+}  # fmt: skip
+
+
+def speculating(files: dict[str, Path], how: str, path: Path | None = None, **more: Any) -> Llama:
+    options = {k: files[v] if k == "draft" else v for k, v in HOW[how].items()}
+    return Llama(path or files["target"], threads=1, **options, **more)
+
+
+@pytest.fixture(scope="module")
+def open_models(files: dict[str, Path]) -> Iterator[dict[str, Llama]]:
+    plain = Llama(files["target"], threads=1)
+    found = {"plain": plain} | {how: speculating(files, how) for how in HOW}
+    yield found
+    for llm in found.values():
+        llm.close()
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+@pytest.mark.parametrize("how", HOW)
+def test_texts_and_logprobs_are_those_without_drafts(
+    open_models: dict[str, Llama], how: str, knobs: str
+) -> None:
+    plain, llm = open_models["plain"], open_models[how]
+    for seed in range(4):
+        params = SamplingParams(**KNOBS[knobs], seed=seed, max_tokens=60, logprobs=seed % 3)
+        prompt = "abcabcabc " * (1 + 3 * seed)
+        assert told(llm.generate(prompt, params)) == told(plain.generate(prompt, params))
+        mixed = [params, dataclasses.replace(params, max_tokens=9, temperature=0.0), params]
+        prompts: list[str] = [prompt, "zz", "another one, another one"]
+        assert told(llm.generate(prompts, mixed, n=3)) == told(plain.generate(prompts, mixed, n=3))
+        assert told(llm.generate("best", params, n=2, best_of=4, echo=True)) == told(
+            plain.generate("best", params, n=2, best_of=4, echo=True))  # fmt: skip
+    assert not llm._batches.slots._busy
+    if llm._own_draft is not None:
+        assert not llm._own_draft._batches.slots._busy
