@@ -59,10 +59,11 @@ class Parser(argparse.ArgumentParser):
                     near = near or [f"--{it}" for it in alike]
                     self.error(f"there is no {name}" + (f", but {near[0]}" if near else ""))
                 words[at] = flag + equals + value
-                const = self._option_string_actions[flag].const
-                if self._option_string_actions[flag].nargs == "?" and not equals:
-                    if not words[at + 1 : at + 2] or not words[at + 1].isdecimal():
-                        words[at] += f"={const}"  # what follows is no number: the prompt, maybe
+                action = self._option_string_actions[flag]
+                if action.nargs == "?" and not equals:
+                    following = "".join(words[at + 1 : at + 2])
+                    if not following.removeprefix("-").isdecimal():  # the prompt, perhaps
+                        words[at] += f"={action.const}"
         return super().parse_known_args(words, namespace)
 
 
@@ -301,11 +302,9 @@ def speed_line(llm: Any) -> str:
             part += f" = {100 * speed / limit:.0f}% of this machine's {limit / 1e9:.1f} GB/s"
         parts.append(part)
     if c.decode_tokens and llm.drafts_by is not None:
-        steps = c.decode_tokens - c.accepted_tokens  # of each text
-        parts.append(
-            f"{llm.drafts_by}: {c.decode_tokens / max(steps, 1):.1f} tokens a step, "
-            f"{c.accepted_tokens} of {c.drafted_tokens} drafted ones right"
-        )
+        rate = c.decode_tokens / max(c.decode_tokens - c.accepted_tokens, 1)  # of each text
+        right = f"{c.accepted_tokens} of {c.drafted_tokens} drafted" if c.drafted_tokens else "none"
+        parts.append(f"{llm.drafts_by}: {rate:.1f} tokens a step ({right})")
     return ", ".join(parts) or "nothing was computed"
 
 

@@ -8,6 +8,9 @@ models with every knob there is.
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from fake_engine import FakeEngine, byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama import cli
 from llama.completion import Job, Result
 from llama.config import Config, Head, Rope
 from llama.errors import LlamaError
@@ -29,6 +33,8 @@ from llama.generate import Llama
 from llama.quant import Kind
 from llama.sampling import SamplingParams
 from llama.speculate import LONGEST, PLACES, SHORTEST, Pace, Repeats, worth
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def told(results: Any) -> Any:
@@ -465,7 +471,7 @@ def test_a_real_model_and_a_chat_with_a_session(stories: Path, tmp_path: Path) -
     with Llama(stories) as plain, Llama(stories, lookup=6) as llm:
         for seed in range(8):
             params = SamplingParams(
-                temperature=0.4 * (seed % 4), seed=seed, max_tokens=150, stop=("friend",), logprobs=1
+                temperature=0.4 * (seed % 4), seed=seed, max_tokens=150, stop="friend", logprobs=1
             )
             prompt = "Once upon a time, there was a little girl named Lily. " * (1 + seed % 2)
             assert told(llm.generate(prompt, params)) == told(plain.generate(prompt, params))
@@ -632,3 +638,58 @@ def test_what_cannot_draft_is_refused_in_one_line(files: dict[str, Path], tmp_pa
         with pytest.raises(LlamaError, match="the draft model: this Llama is closed"):
             llm.generate("a", SamplingParams(max_tokens=20))
         assert not llm._batches.slots._busy
+
+
+# --- as a user meets it
+
+
+def run(script: str, *words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, words)], input=stdin, capture_output=True,
+        text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+
+
+def test_flags_and_what_is_told(stories: Path, files: dict[str, Path]) -> None:
+    flags = ["--bin", stories, "--seed=4", "--temperature=0.3", "--max_tokens=150"]
+    plain = run("run.py", *flags, "One day")
+    for more in (["--lookup"], ["--lookup", "4"], ["--draft-bin", stories]):
+        done = run("run.py", *flags, *more, "One day")
+        assert (done.returncode, done.stdout) == (0, plain.stdout)
+        name = more[0].strip("-").removesuffix("-bin")
+        told = re.search(rf", {name}: (\d\.\d) tokens a step \((\d+) of (\d+) drafted\)\n$",
+                         done.stderr)  # fmt: skip
+        assert told is not None and int(told[2]) <= int(told[3]), done.stderr
+        assert ", decode 149 tok at " in done.stderr
+        if name == "draft":
+            assert float(told[1]) > 5 and told[2] == told[3]
+    assert "tokens a step" not in plain.stderr
+    refused = run("run.py", *flags, "--draft-bin", files["near"], "One day")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        f"run.py: {files['near']} cannot draft for {stories}, it has another vocabulary: expected "
+        "a tokenizer of kind sentencepiece, found json\n"
+    )
+    flags = ["--bin", files["target"], "--seed=4", "--max_tokens=40"]
+    talk = [run("chat.py", *flags, *more, stdin="Hi Hi Hi\n/stats\n") for more in
+            ([], ["--lookup"], ["--draft-bin", files["near"]])]  # fmt: skip
+    assert talk[0].stdout == talk[1].stdout == talk[2].stdout
+    assert [bool(re.search(r"(lookup|draft): \d", t.stderr)) for t in talk] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "words, lookup, prompt",
+    [
+        ([], 0, None), (["--lookup"], 8, None), (["--lookup", "Once"], 8, "Once"),
+        (["Once", "--lookup"], 8, "Once"), (["--lookup", "5", "Once"], 5, "Once"),
+        (["--lookup=5", "Once"], 5, "Once"), (["--lookup", "--", "--x"], 8, "--x"),
+        (["--lookup", "-3"], -3, None), (["--lookup", "--seed", "3"], 8, None),
+    ],
+)  # fmt: skip
+def test_lookup_may_stand_alone(words: list[str], lookup: int, prompt: str | None) -> None:
+    parser = cli.Parser(prog="run.py")
+    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("--seed")
+    cli.add_speculation_flags(parser)
+    args = parser.parse_args(words)
+    assert (args.lookup, args.prompt) == (lookup, prompt)
