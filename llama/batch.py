@@ -208,10 +208,9 @@ class Batches:
     """Runs completions, step by step. Several threads may: each has its own run, and their
     forward passes take turns."""
 
-    def __init__(self, engine: Engine, proposer: Proposer | None = None) -> None:
-        """PROPOSER: says what tokens may follow, to be checked several at once."""
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.proposer = proposer
+        self.proposer: Proposer | None = None  # of tokens that may follow, to check several at once
         self.slots = Slots(engine)
         self.counters = Counters()
         self.turns = Turns()

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 MOST = 8  # tokens drafted at once, unless told otherwise,
 LIMIT = 64  # and however told
-ROW = 0.15  # what one more row costs of a decoding step: a prompt's token over it, as measured
+ROW = 0.15  # what one more row costs of a decoding step: measured, a prompt's token takes so much
 RATE = 1 / 8  # how much the latest outcome weighs
 SHORTEST, LONGEST = 2, 8  # tokens that two places of a text must share, and that are compared
 PLACES = 32  # of them looked at
 REST = 8  # tokens for which a draft model that does not pay is left alone at first,
 MAX_REST = 256  # and at most
+TOGETHER = 16  # tokens that the draft model reads in the pass that guesses; others before, so that
+# completions of one prompt read it once
 
 
 class Proposer(Protocol):
@@ -41,8 +43,8 @@ class Proposer(Protocol):
     bytes_read: int  # of weights and caches of its own, so far
 
     def propose(self, asked: Sequence[tuple[Job, int]]) -> list[list[int]]:
-        """What may follow each of the jobs' ids: at most so many tokens, none where it would not
-        pay. Every text but those of a step with prompts is asked for, in any order of calls."""
+        """What may follow the ids of each job: at most so many tokens, none where it would not
+        pay. Jobs whose texts run together are asked for together."""
         ...
 
     def release(self, job: Job) -> None:
@@ -251,7 +253,7 @@ class Draft:
                 if text.most:
                     self._agree(text)
             while writing := [text for text in texts if len(text.guess) < text.most]:
-                self._step(writing)
+                self._forward([(text, text.following(TOGETHER)) for text in writing])
         except LlamaError as error:
             raise LlamaError(f"the draft model: {error}") from None
         return [text.guess for text in texts]
@@ -267,8 +269,8 @@ class Draft:
         text.slot = None
 
     def _agree(self, text: Text) -> None:
-        """Takes from TEXT's sequence what was guessed wrong; where its context ends it begins anew
-        with the latest half."""
+        """Takes from TEXT's sequence what was guessed wrong and reads what it lacks, but for a few
+        tokens; where its context ends it begins anew with the latest half."""
         size, ids, slots = self._batches.engine.max_seq_len, text.job.ids, self._batches.slots
         self._batches.check_open()
         if len(ids) - text.start + text.most - 1 > size:
@@ -281,37 +283,40 @@ class Draft:
             known += common_prefix(held[known:], ids[text.agreed :], len(ids) - text.agreed - 1)
             slots.trim(text.slot, min(known, len(held)))
         text.agreed = len(ids)
+        while (missing := text.missing()) > TOGETHER:
+            if text.job.cancelled:
+                text.most = 0
+                return
+            self._forward([(text, text.following(min(missing - 1, self._batches.chunk)))])
 
-    def _step(self, texts: Sequence[Text]) -> None:
-        """One forward pass of the draft model: what its sequences lack, and of each that then
-        lacks nothing its next guess."""
+    def _forward(self, parts: Sequence[tuple[Text, list[int]]]) -> None:
+        """One forward pass of the draft model over tokens that its sequences lack; where none is
+        left to compute, it gives the text's next guess."""
         rows: list[tuple[int, int, int, bool, int]] = []
-        plan: list[tuple[Text, list[int], bool]] = []
-        room = self._batches.chunk - len(texts)
-        for text in texts:
+        ready: list[Text] = []
+        for text, tokens in parts:
             assert text.slot is not None
-            missing = text.missing()
-            part = text.following(min(missing, 1 + max(room, 0)))
-            room -= len(part) - 1
-            whole = len(part) == missing
-            for n, token in enumerate(part):
-                last = whole and n == len(part) - 1
-                place = len(text.slot.tokens) + n
-                rows.append((token, text.slot.number, place, last, text.length))
-            plan.append((text, part, whole))
-        tokens, sequences, positions, want, lengths = zip(*rows, strict=True)
+            if text.missing() == len(tokens):
+                ready.append(text)
+            last = len(tokens) - 1 if text in ready else None
+            rows += [
+                (token, text.slot.number, len(text.slot.tokens) + n, n == last, text.length)
+                for n, token in enumerate(tokens)
+            ]
         engine = self._batches.engine
         with self._batches.turns:
             self._batches.check_open()
-            engine.forward(tokens, sequences, positions, want, True, lengths)
-            for text, part, _ in plan:
+            token, sequence, position, want, length = zip(*rows, strict=True)
+            engine.forward(token, sequence, position, want, True, length)
+            for text, tokens in parts:
                 assert text.slot is not None
-                text.slot.tokens += part
-            for row, text in enumerate(text for text, _, whole in plan if whole):
+                text.slot.tokens += tokens
+                held = len(text.slot.tokens)
+                self.bytes_read += held * engine.info().kv_bytes_per_position
+            for row, text in enumerate(ready):
                 text.guess.append(self._choose(row, text))
             self._batches.counters.computed_tokens += len(rows)
-        read = sum(len(text.slot.tokens) for text in texts if text.slot is not None)
-        self.bytes_read += engine.config.step_bytes + read * engine.info().kv_bytes_per_position
+            self.bytes_read += engine.config.step_bytes
 
     def _choose(self, row: int, text: Text) -> int:
         """What the text's own knobs and random numbers make of the draft model's logits."""

@@ -210,6 +210,32 @@ def test_text_before_an_error_is_not_lost() -> None:
     assert texts[0] == texts[1] and len(texts[0]) == 58
 
 
+def test_a_failure_midway_comes_after_the_text_before_it() -> None:
+    """Of two texts in one step the second fails at its third token, which a draft foresaw."""
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    right = Llama.on(FakeEngine(64)).generate("hello", params)  # type: ignore[arg-type]
+    for proposer in (None, Oracle([right], ["right"])):
+        fake = FakeEngine(64)
+        llm = Llama.on(fake)  # type: ignore[arg-type]
+        llm._batches.proposer = proposer
+        sample = fake.sample
+
+        def failing(row: int, params: Any, seen: Any, completion: int, position: int,
+                    *rest: Any, sample: Any = sample) -> int:  # fmt: skip
+            if position == 7:
+                raise LlamaError("no logits here")
+            return int(sample(row, params, seen, completion, position, *rest))
+
+        fake.sample = failing  # type: ignore[method-assign]
+        stream, text = llm.stream("hello", params), ""
+        with pytest.raises(LlamaError, match="no logits here"):
+            for piece in stream:
+                text += piece
+        assert text == right.text[:2] and not llm._batches.slots._busy
+        fake.sample = sample  # type: ignore[method-assign]
+        assert told(llm.generate("hello", params)) == told(right)
+
+
 # --- lookup's own
 
 
@@ -471,7 +497,7 @@ def test_a_real_model_and_a_chat_with_a_session(stories: Path, tmp_path: Path) -
     with Llama(stories) as plain, Llama(stories, lookup=6) as llm:
         for seed in range(8):
             params = SamplingParams(
-                temperature=0.4 * (seed % 4), seed=seed, max_tokens=150, stop="friend", logprobs=1
+                temperature=0.4 * (seed % 4), seed=seed, max_tokens=150, stop="friend", logprobs=1,
             )
             prompt = "Once upon a time, there was a little girl named Lily. " * (1 + seed % 2)
             assert told(llm.generate(prompt, params)) == told(plain.generate(prompt, params))
@@ -587,8 +613,32 @@ def test_a_draft_follows_the_text_and_begins_anew_where_its_context_ends(
             assert llm.counters.accepted_tokens > 20
         assert max(map(max, passes)) == 47
         anew = [n for n, positions in enumerate(passes) if 0 in positions]
-        assert len(anew) > 5 and [len(passes[n]) for n in anew[1:]] == [24] * (len(anew) - 1)
+        assert len(anew) > 5 and [len(passes[n]) for n in anew[1:]] == [23] * (len(anew) - 1)
         assert sum(map(len, passes)) < 3 * 430  # each token, its guess, half a context each time
+
+
+def test_completions_of_one_prompt_are_drafted_from_one_reading(files: dict[str, Path]) -> None:
+    with Llama(files["near"], threads=1) as small:
+        with Llama(files["target"], threads=1, draft=small) as llm:
+            params = SamplingParams(temperature=0.5, seed=1, max_tokens=6)
+            llm.generate("some long prompt " * 40, params, n=16)
+            assert 680 < small.computed_tokens < 680 + 16 * 32
+
+
+def test_cancelling_is_heard_while_the_draft_model_reads(files: dict[str, Path]) -> None:
+    with Llama(files["near"], threads=1) as small:
+        with Llama(files["target"], threads=1, draft=small) as llm:
+            stream = llm.stream("some long prompt " * 40, SamplingParams(temperature=0.5, seed=1))
+            forward = small._engine.forward
+
+            def last(*args: Any) -> Any:
+                stream.cancel()
+                return forward(*args)
+
+            small._engine.forward = last  # type: ignore[method-assign, assignment]
+            assert "".join(stream) and stream.result is not None
+            assert stream.result.finish_reason == "cancelled"
+            assert len(stream.result.token_ids) == 2 and small.computed_tokens == 64
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
