@@ -56,8 +56,7 @@ class Llama(Heads):
         None, the model's own; warns if the model was not made for so many. KV: kind of the KV
         cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
         family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
-        ("26 Jul 2024"); None, as their template has it; one
-        from Meta's own files, which hold none, is then told no date.
+        ("26 Jul 2024"); None, as their template has it, which Meta's own files lack: no date.
 
         OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
         "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
@@ -137,8 +136,7 @@ class Llama(Heads):
     @property
     def drafts_by(self) -> str | None:
         """What speculates, "lookup" or "draft", if anything does."""
-        proposer = self._batches.proposer
-        return None if proposer is None else proposer.name
+        return self._batches.proposer.name if self._batches.proposer else None
 
     @property
     def counters(self) -> Counters:
