@@ -29,6 +29,7 @@ def main() -> int:
     )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=1024)
     cli.add_model_flags(parser)
+    cli.add_speculation_flags(parser)
     cli.add_overflow_flags(
         parser, None, "slide, by whole turns; if the model cannot, turns go between answers only"
     )

@@ -66,6 +66,7 @@ def main() -> int:
     )
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
+    cli.add_speculation_flags(parser)
     cli.add_overflow_flags(parser, "stop", "stop")
     args = parser.parse_args()
     if (args.prefix is None) != (args.suffix is None):

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,13 +21,16 @@ from numpy.typing import NDArray
 
 from llama.completion import Job
 from llama.errors import LlamaError
+from llama.turns import Turns
 
 if TYPE_CHECKING:
     from llama.engine import Engine
+    from llama.speculate import Proposer
 
 MAX_ACTIVE = 16  # completions that run together; more wait for a place
 MAX_IDLE = 16  # sequences kept for the prompts to come
 MAX_CHUNK = 256  # tokens of one forward pass
+MAX_VERIFIED = 64  # of one with drafted tokens: each yields logits, and takes room for them
 MIN_CHUNK = 32
 CHUNK_SECONDS = 0.5  # and no more than take so long: Ctrl-C is heard between passes
 SHARE = 16  # tokens in common with a prompt being read that are worth waiting for
@@ -40,44 +44,34 @@ class Counters:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_steps: int = 0  # forward passes without prompt tokens,
-    decode_tokens: int = 0  # the tokens they computed,
+    decode_tokens: int = 0  # the tokens they gave,
     decode_positions: int = 0  # and the cached positions that these looked at
-    decode_seconds: float = 0.0
+    decode_seconds: float = 0.0  # drafting included
+    drafted_tokens: int = 0  # tokens proposed to those passes,
+    accepted_tokens: int = 0  # and how many of them became text
+    draft_bytes: int = 0  # what a draft model read
 
 
-class Turns:
-    """A lock that threads get in the order in which they asked. A plain Lock would let a thread
-    that steps in a loop take it again before the next in line wakes up."""
+@dataclass
+class Part:
+    """What one job has in a forward pass: COUNT of its ids from START on, and drafted tokens that
+    may turn out to follow them."""
 
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._held = False
-        self._line: deque[threading.Event] = deque()
+    job: Job
+    start: int
+    count: int
+    draft: list[int]
 
-    def __enter__(self) -> None:
-        with self._mutex:
-            if not self._held:
-                self._held = True
-                return
-            mine = threading.Event()
-            self._line.append(mine)
-        try:
-            mine.wait()
-        except BaseException:
-            with self._mutex:
-                waiting = mine in self._line
-                if waiting:
-                    self._line.remove(mine)
-            if not waiting:  # it was handed over just now: hand it on
-                self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        with self._mutex:
-            if self._line:
-                self._line.popleft().set()
-            else:
-                self._held = False
+    def rows(self) -> list[tuple[int, int, int, bool, int]]:
+        """(token, sequence, position, whether it yields logits, rope length) of each token."""
+        job, slot, first = self.job, self.job.slot, self.start
+        assert slot is not None
+        tokens = job.ids[first : first + self.count] + self.draft
+        return [
+            (token, slot.number, len(slot.tokens) + n,
+             job.scores_prompt or first + n >= len(job.ids) - 1, job.n_prompt)
+            for n, token in enumerate(tokens)
+        ]  # fmt: skip
 
 
 class Slot:
@@ -135,6 +129,12 @@ class Slots:
             self._engine.trim(slot.number, n)
             self._touch(slot)
             return slot
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """Forgets SLOT's tokens from LENGTH on, computed ones that were never noted included."""
+        with self._lock:  # nobody forks it meanwhile
+            del slot.tokens[length:]
+            self._engine.trim(slot.number, length)
 
     def slide(self, slot: Slot, first: int, count: int) -> None:
         """Drops SLOT's tokens [first, first + count). Those behind them remember the dropped ones,
@@ -210,11 +210,17 @@ class Batches:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.proposer: Proposer | None = None  # of tokens that may follow, to check several at once
         self.slots = Slots(engine)
         self.counters = Counters()
         self.turns = Turns()
         self.closed = False
         self._chunk = 64  # until the first prompt shows how fast this machine is
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that a forward pass should have at most."""
+        return self._chunk
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         """Completes JOBS, MAX_ACTIVE at a time, and yields each with its next text, at the last
@@ -229,8 +235,7 @@ class Batches:
                     yield job, job.end("cancelled" if job.cancelled else "length")
                 self._admit(waiting, active)
                 self._make_room(active)
-                for job, token in self._step(active, waiting) if active else ():
-                    text = job.push(token)
+                for job, text in self._step(active, waiting) if active else ():
                     if job.result is not None:
                         active.remove(job)
                         self._release(job)
@@ -244,6 +249,8 @@ class Batches:
         if job.slot is not None and not self.closed:
             self.slots.give(job.slot)
         job.slot = None
+        if self.proposer is not None:
+            self.proposer.release(job)
 
     def _admit(self, waiting: deque[Job], active: list[Job]) -> None:
         while waiting and len(active) < MAX_ACTIVE:
@@ -285,51 +292,89 @@ class Batches:
                     self.check_open()
                     self.slots.slide(job.slot, *job.window.slide(len(job.slot.tokens)))
 
-    def _step(self, active: list[Job], waiting: deque[Job]) -> list[tuple[Job, int]]:
-        """One forward pass; the jobs whose next token it gave, and those tokens."""
-        plan: list[tuple[Job, int]] = []  # and how many tokens of each
+    def _step(self, active: list[Job], waiting: deque[Job]) -> Iterator[tuple[Job, str]]:
+        """One forward pass; the jobs that it gave tokens, and the text that these became."""
+        began = time.perf_counter()
+        drafts = self._drafts(active)
+        drafting = time.perf_counter() - began
+        plan = []
         room = self._chunk - len(active)  # a place for each; the rest for prompts, first come
-        for job in active:
-            assert job.slot is not None
+        for job, draft in zip(active, drafts, strict=True):
             left = len(job.ids) - job.computed()
             count = min(left, 1 + max(room, 0))
             room -= count - 1
-            plan.append((job, count))
-        tokens: list[int] = []
-        sequences: list[int] = []
-        positions: list[int] = []
-        want: list[bool] = []
-        lengths: list[int] = []
-        wanted: list[tuple[Job, int]] = []  # whose logits, and which of its tokens follows
-        for job, count in plan:
-            assert job.slot is not None
-            start, position = job.computed(), len(job.slot.tokens)
-            tokens += job.ids[start : start + count]
-            sequences += [job.slot.number] * count
-            positions += range(position, position + count)
-            lengths += [job.n_prompt] * count
-            wants = [job.scores_prompt or at == len(job.ids) - 1
-                     for at in range(start, start + count)]  # fmt: skip
-            wanted += [(job, start + n + 1) for n, one in enumerate(wants) if one]
-            want += wants
+            plan.append(Part(job, job.computed(), count, draft))
+        rows = [part.rows() for part in plan]
+        tokens, sequences, positions, want, lengths = zip(*chain(*rows), strict=True)
+        texts: dict[Job, str] = {}
+        error: LlamaError | None = None
         with self.turns:
             self.check_open()
             began = time.perf_counter()
             self.engine.forward(tokens, sequences, positions, want, True, lengths)
-            for job, count in plan:
-                assert job.slot is not None
-                start = job.computed()
-                job.slot.tokens += job.ids[start : start + count]
-            chosen = []
-            for row, (job, following) in enumerate(wanted):
-                if following < len(job.ids):
-                    job.score(*self._logprobs(row, job, job.ids[following]))
-                    continue
-                first = len(job.ids) == job.n_prompt
-                for one in [job, *(self._join(job, waiting, active) if first else ())]:
-                    chosen.append((one, self._choose(row, one)))
-            self._count(plan, positions, time.perf_counter() - began)
-        return chosen
+            for part in plan:
+                assert part.job.slot is not None
+                part.job.slot.tokens += part.job.ids[part.start : part.start + part.count]
+            try:
+                first = 0  # of the rows that yield logits
+                for part, own in zip(plan, rows, strict=True):
+                    self._take(part, first, texts, waiting, active)
+                    first += sum(row[3] for row in own)
+            except LlamaError as found:
+                error = found
+            held = sum(own[-1][2] + 1 for own in rows)
+            self._count(plan, held, drafting + time.perf_counter() - began)
+        yield from texts.items()
+        if error is not None:  # the texts before it are whole
+            raise error
+
+    def _drafts(self, active: list[Job]) -> list[list[int]]:
+        """What may follow each text. Nothing while a prompt is read: a row costs as much there as
+        one of the prompt's."""
+        if self.proposer is None or any(len(job.ids) == job.n_prompt for job in active):
+            return [[] for _ in active]
+        room = (min(self._chunk, MAX_VERIFIED) - len(active)) // len(active)
+        asked = []
+        for job in active:
+            assert job.slot is not None
+            most = min(room, job.left() - 1, self.engine.max_seq_len - len(job.slot.tokens) - 1)
+            asked.append((job, max(0, most)))
+        size = self.engine.config.vocab_size
+        found = self.proposer.propose(asked)
+        self.counters.draft_bytes = self.proposer.bytes_read
+        return [
+            list(takewhile(lambda token: 0 <= token < size, draft[:most]))
+            for draft, (_, most) in zip(found, asked, strict=True)
+        ]
+
+    def _take(
+        self, part: Part, row: int, texts: dict[Job, str], waiting: deque[Job], active: list[Job]
+    ) -> None:
+        """What PART's logits, from ROW on, say: how likely a prompt's tokens are, and the text's
+        next ones: drafted tokens for as long as they are what is sampled, and one more."""
+        job, size, end = part.job, len(part.job.ids), part.start + part.count
+        if job.scores_prompt:
+            for following in range(part.start + 1, min(end + 1, size)):
+                job.score(*self._logprobs(row, job, job.ids[following]))
+                row += 1
+        if end < size:
+            return
+        joined = self._join(job, waiting, active) if size == job.n_prompt else []
+        for one in (job, *joined):
+            self._push(row, one, texts)
+        assert job.slot is not None
+        for n, token in enumerate(part.draft, 1):
+            if job.result is not None or job.ids[-1] != token:
+                break
+            job.slot.tokens.append(token)
+            self._push(row + n, job, texts)
+        if part.draft:
+            self.slots.trim(job.slot, len(job.slot.tokens))
+
+    def _push(self, row: int, job: Job, texts: dict[Job, str]) -> None:
+        """Gives JOB its next token, from ROW's logits, and TEXTS what is certain of it."""
+        texts.setdefault(job, "")
+        texts[job] += job.push(self._choose(row, job))
 
     def _choose(self, row: int, job: Job) -> int:
         """The job's next token, from the logits kept in ROW."""
@@ -343,18 +388,23 @@ class Batches:
     def _logprobs(self, row: int, job: Job, token: int) -> tuple[int, float, dict[int, float]]:
         return token, *self.engine.logprobs(row, token, job.params.logprobs or 0)
 
-    def _count(self, plan: list[tuple[Job, int]], positions: list[int], seconds: float) -> None:
+    def _count(self, plan: list[Part], positions: int, seconds: float) -> None:
+        """Notes a pass whose sequences are POSITIONS long together, and what came of it."""
         counters = self.counters
-        total = sum(count for _, count in plan)
-        decoding = sum(count for job, count in plan if len(job.ids) > job.n_prompt)
+        drafted = sum(len(part.draft) for part in plan)
+        total = sum(part.count for part in plan) + drafted
+        prompt = sum(part.count for part in plan if part.start < part.job.n_prompt)
         counters.computed_tokens += total
-        if decoding == total:
-            counters.decode_steps += 1
-            counters.decode_tokens += total
-            counters.decode_positions += sum(positions) + total
-            counters.decode_seconds += seconds
+        if prompt:
+            self._count_prompt(prompt, total, seconds)
             return
-        self._count_prompt(total - decoding, total, seconds)
+        new = [len(part.job.ids) - part.start - 1 for part in plan]
+        counters.decode_steps += 1
+        counters.decode_tokens += sum(new)
+        counters.decode_positions += positions
+        counters.drafted_tokens += drafted
+        counters.accepted_tokens += sum(max(0, n - 1) for n in new)
+        counters.decode_seconds += seconds
 
     def _count_prompt(self, tokens: int, total: int, seconds: float) -> None:
         """Notes a pass of TOTAL rows, TOKENS of them of prompts, and how many the next may have."""

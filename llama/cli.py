@@ -59,6 +59,11 @@ class Parser(argparse.ArgumentParser):
                     near = near or [f"--{it}" for it in alike]
                     self.error(f"there is no {name}" + (f", but {near[0]}" if near else ""))
                 words[at] = flag + equals + value
+                action = self._option_string_actions[flag]
+                if action.nargs == "?" and not equals:
+                    following = "".join(words[at + 1 : at + 2])
+                    if not following.removeprefix("-").isdecimal():  # the prompt, perhaps
+                        words[at] += f"={action.const}"
         return super().parse_known_args(words, namespace)
 
 
@@ -160,6 +165,19 @@ def add_overflow_flags(parser: Parser, default: str | None, what: str) -> None:
     )  # fmt: skip
 
 
+def add_speculation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("drafts, which the model checks several at once: same text")
+    group.add_argument(
+        "--lookup", type=int, nargs="?", const=8, default=0, metavar="N",
+        help="draft up to N tokens (8) from what followed the latest ones when they stood in the "
+        "text before; pays where a text quotes, sums up or corrects its prompt",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-bin", type=Path, metavar="FILE",
+        help="a much smaller model of the same vocabulary that drafts them",
+    )  # fmt: skip
+
+
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling flags as SamplingParams; a value that cannot be is a LlamaError."""
     knobs = dict(METHODS[args.type])
@@ -215,7 +233,7 @@ def open_model(
             args.bin or default_bin(), threads=args.threads, device=args.device,
             max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
             template=template, date=date, overflow=args.overflow or "stop",
-            keep=args.keep,
+            keep=args.keep, lookup=args.lookup, draft=args.draft_bin,
         )  # fmt: skip
     if llm.chosen is not None:
         say(f"device: {llm.chosen}")
@@ -275,7 +293,7 @@ def speed_line(llm: Any) -> str:
         parts.append(f"decode {c.decode_tokens} tok at {rate:.1f} tok/s")
         # a step reads the weights once, whatever the batch, and the cache of each sequence
         read = c.decode_steps * llm.config.step_bytes
-        read += c.decode_positions * info.kv_bytes_per_position
+        read += c.decode_positions * info.kv_bytes_per_position + c.draft_bytes
         speed = read / max(c.decode_seconds, 1e-9)
         part = f"{speed / 1e9:.1f} GB/s"
         if info.device == "cpu":
@@ -283,6 +301,10 @@ def speed_line(llm: Any) -> str:
             limit = bandwidth(info.threads, speed if read > 100e6 * c.decode_steps else 0.0)
             part += f" = {100 * speed / limit:.0f}% of this machine's {limit / 1e9:.1f} GB/s"
         parts.append(part)
+    if c.decode_tokens and llm.drafts_by is not None:
+        rate = c.decode_tokens / max(c.decode_tokens - c.accepted_tokens, 1)  # of each text
+        right = f"{c.accepted_tokens} of {c.drafted_tokens} drafted" if c.drafted_tokens else "none"
+        parts.append(f"{llm.drafts_by}: {rate:.1f} tokens a step ({right})")
     return ", ".join(parts) or "nothing was computed"
 
 

@@ -152,9 +152,14 @@ class Job:
         self._cached = cached
         self._began = self._first = self._last = time.perf_counter()
 
+    def left(self) -> int:
+        """How many tokens may still come; many, where nothing says."""
+        limit = 2**31 if self._limit is None else self._limit
+        return limit - (len(self.ids) - self.n_prompt)
+
     def full(self) -> bool:
         """Whether no token may come any more."""
-        return self._limit is not None and len(self.ids) - self.n_prompt >= self._limit
+        return self.left() <= 0
 
     def computed(self) -> int:
         """How many of ids went through the network; some of them may have left the context."""

@@ -29,6 +29,7 @@ from llama.overflow import Overflow, Window
 from llama.request import Prompt, Request
 from llama.reward import Judge
 from llama.sampling import SamplingParams
+from llama.speculate import proposer
 from llama.stream import Stream
 from llama.templates import ChatTemplate
 from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
@@ -40,20 +41,22 @@ if TYPE_CHECKING:
 class Llama(Heads):
     """A model, open. Threads may share it: their forward passes take turns. A context manager."""
 
+    _own_draft: Llama | None = None  # opened here, and closed with this one
+
     def __init__(
         self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu",
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
         isa: str | None = None,
         template: str | None = None, date: str | None = None,
         overflow: str = "stop", keep: int | None = None,
+        lookup: int = 0, draft: Llama | str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. DEVICE: "cpu",
         "cuda" or "auto", of which `chosen` then says what it took and why. MAX_SEQ_LEN:
         None, the model's own; warns if the model was not made for so many. KV: kind of the KV
         cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
         family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
-        ("26 Jul 2024"); None, as their template has it; one
-        from Meta's own files, which hold none, is then told no date.
+        ("26 Jul 2024"); None, as their template has it, which Meta's own files lack: no date.
 
         OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
         "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
@@ -70,6 +73,9 @@ class Llama(Heads):
             ),
             template, date, overflow, keep,
         )  # fmt: skip
+        self._speculate(lookup, draft, {
+            "threads": threads, "device": device, "kv": kv, "activations": activations, "isa": isa,
+        })  # fmt: skip
         untrained = self.config.untrained(self.max_seq_len)
         if untrained is not None:
             warnings.warn(untrained, stacklevel=2)
@@ -77,11 +83,13 @@ class Llama(Heads):
     @classmethod
     def on(
         cls, engine: Engine, template: str | None = None, date: str | None = None,
-        overflow: str = "stop", keep: int | None = None,
+        overflow: str = "stop", keep: int | None = None, lookup: int = 0,
+        draft: Llama | None = None,
     ) -> Llama:  # fmt: skip
         """A Llama on an engine that is open already, and which it will close."""
         llm = cls.__new__(cls)
         llm._setup(engine, template, date, overflow, keep)
+        llm._speculate(lookup, draft, {})
         return llm
 
     def _setup(
@@ -105,12 +113,30 @@ class Llama(Heads):
             engine.close()
             raise
 
+    def _speculate(self, lookup: int, draft: Any, options: dict[str, Any]) -> None:
+        """OPTIONS: how a draft model is opened that is given as a path."""
+        try:
+            if isinstance(draft, (str, os.PathLike)):
+                draft = self._own_draft = Llama(draft, **options)
+            if draft is not None and not isinstance(draft, Llama):
+                raise LlamaError(f"draft must be a Llama or a path, found {type(draft).__name__}")
+            small = None if draft is None else (draft._batches, draft.tokenizer)
+            self._batches.proposer = proposer(self._batches, self.tokenizer, lookup, small)
+        except BaseException:
+            self.close()
+            raise
+
     # --- what it is
 
     @property
     def chosen(self) -> str | None:
         """How device "auto" came to its device; None for others."""
         return self._engine.chosen
+
+    @property
+    def drafts_by(self) -> str | None:
+        """What speculates, "lookup" or "draft", if anything does."""
+        return self._batches.proposer.name if self._batches.proposer else None
 
     @property
     def counters(self) -> Counters:
@@ -373,6 +399,8 @@ class Llama(Heads):
             if not self._batches.closed:
                 self._batches.closed = True
                 self._engine.close()
+        if self._own_draft is not None:
+            self._own_draft.close()
 
     def __enter__(self) -> Llama:
         return self
