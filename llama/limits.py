@@ -17,7 +17,7 @@ from llama._lib import check, ffi, lib
 from llama.engine import Config, Tensor, measure_bandwidth
 from llama.quant import Kind
 
-INTEGER = (Kind.Q8, Kind.Q4)  # kinds whose products are of int8 codes; the others' are of f32
+INTEGER = (Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R)  # products of int8 codes; the others' are f32
 
 
 @dataclass(frozen=True)

@@ -236,11 +236,12 @@ def test_the_engines_own_rounding(folder: Path) -> None:
         return float(found["results"][0]["against"]["kl"]["value"])
 
     exact = ["--against", folder / "m-q8-f32.bin", "--kv=f32"]
-    eight, sixteen = kl(*exact, "--activations=8"), kl(*exact)
+    eight, sixteen = kl(*exact, "--activations=8"), kl(*exact, "--activations=16")
     assert 0 < sixteen < 1e-6 < 1e-4 < eight < 1e-1
     itself = kl("--against", folder / "m-q8.bin", "--activations=8", "--against-activations=16")
     assert itself == pytest.approx(eight, rel=0.1)
-    kv = ["--against", folder / "m-q8.bin", "--kv=f16", "--against-kv"]
+    alike = ["--activations=16", "--against-activations=16"]
+    kv = ["--against", folder / "m-q8.bin", *alike, "--kv=f16", "--against-kv"]
     assert kl(*kv, "f16") == 0 < kl(*kv, "f32") < 1e-5
 
 
@@ -296,14 +297,14 @@ def test_what_a_person_reads(folder: Path) -> None:
     done = command("--bin", folder / "m-q8.bin", "--against", folder / "m.bin", "--text",
                    folder / "text", "--json", out, "--activations=8")  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    for told in ("m-q8.bin: q8, ", "activations 8, kv f16", f"text: {len(TEXT) + 1} tokens",
+    for told in ("m-q8.bin: q8r, ", "activations 8, kv f16", f"text: {len(TEXT) + 1} tokens",
                  'convention "llama.cpp": 4 windows', 'convention "papers"', "perplexity",
                  "the reference's", "99th percentile", "same next token", " ± "):  # fmt: skip
         assert told in done.stdout
     found = json.loads(out.read_text())
     assert found["command"][0] == "llama.eval" and "--activations=8" in found["command"]
     model = found["model"]
-    assert (model["activations"], model["kv"], model["dtype"]) == (8, "f16", "q8")
+    assert (model["activations"], model["kv"], model["dtype"]) == (8, "f16", "q8r")
     assert found["against"]["activations"] == 16 and model["isa"] and found["cpu"]
     for entry, name in ((model, "m-q8.bin"), (found["text"], "text")):
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -80,7 +80,7 @@ def test_shapes_there_and_back(data: Path, tmp_path: Path, changes: dict[str, An
 def test_each_kind_becomes_its_nearest(tmp_path: Path, kind: Kind) -> None:
     source = small_models.of_kind(tmp_path, SHAPE, kind)
     ours = read(source)
-    names = {Kind.Q8: "Q8_0", Kind.Q4: "Q4_0"}
+    names = {Kind.Q8: "Q8_0", Kind.Q4: "Q4_0", Kind.Q8R: "Q8_0", Kind.Q4R: "Q4_0"}
     for tensor in gguf.GGUFReader(written(source, tmp_path / "a.gguf")).tensors:
         if len(tensor.shape) == 2:
             assert tensor.tensor_type.name == names.get(kind, kind.name)
@@ -88,7 +88,7 @@ def test_each_kind_becomes_its_nearest(tmp_path: Path, kind: Kind) -> None:
     values = gguf.quants.dequantize(w1.data, w1.tensor_type)
     wanted = ours.tensors["layers.0.feed_forward.w1.weight"]
     error = np.sqrt(np.mean((values - wanted) ** 2)) / wanted.std()
-    assert error < {Kind.Q8: 0.01, Kind.Q4: 0.1}.get(kind, 1e-9)
+    assert error < {"Q8_0": 0.01, "Q4_0": 0.1}.get(names.get(kind, ""), 1e-9)
     half = gguf.GGUFReader(written(source, tmp_path / "b.gguf", only_f16=True))
     found = {t.tensor_type.name for t in half.tensors if len(t.shape) == 2}
     assert found == {names.get(kind, "F16")}
