@@ -73,7 +73,8 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--repeats", type=int, default=5, metavar="N", help="in each turn (5)")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, metavar="N", help="default: one a core")
-    how.add_argument("--activations", type=int, metavar="BITS", help="8 or 16 (default: 16)")
+    how.add_argument("--activations", type=int, metavar="BITS",
+                     help="8 or 16 (default: the file's)")  # fmt: skip
     how.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best)")
     how.add_argument("--kv", metavar="KIND", help="f32, f16 or q8 (default: f16; for f32 files "
                      "f32, but f16 with --against)")  # fmt: skip
@@ -147,7 +148,7 @@ def measure(path: Path, shape: str | None, given: argparse.Namespace) -> dict[st
     job = Job(
         "llama", str(path), threads, given.prompt, given.depth, given.batch, given.tokens,
         given.repeats, config.vocab_size,
-        16 if given.activations is None else given.activations, given.isa, kv,
+        given.activations, given.isa, kv,
         GREEDY if compared else 0,
     )  # fmt: skip
     if job.positions > MOST:

@@ -37,7 +37,7 @@ class Job:
     tokens: int
     repeats: int
     vocab_size: int
-    activations: int = 16
+    activations: int | None = None  # None: as the file has it
     isa: str | None = None
     kv: str | None = None
     greedy: int = 0

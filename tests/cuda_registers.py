@@ -20,7 +20,7 @@ def main() -> int:
     kernels: dict[str, dict[str, str]] = {}
     bad = []
     for file, mangled, sm, stores, loads, registers in found:
-        name, rest = re.match(r"([a-z_]+\d*?)(I.*|E?[vN0-9].*)", mangled).groups()  # type: ignore
+        name, rest = re.match(r"([a-z_]+\d*?)(I.*|E?[vPN0-9].*)", mangled).groups()  # type: ignore
         numbers = re.findall(r"L[jib](\d+)E", rest)
         kernel = f"{file}.cu {name}<{', '.join(numbers)}>" if numbers else f"{file}.cu {name}"
         spills = int(stores) + int(loads)
