@@ -44,7 +44,7 @@ static void loss_add(llama_loss *loss, const struct block_values *v, size_t widt
 static void encode_block(const struct encoding *e, const float *values, size_t n, void *block) {
     float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
     if (e->kind->columns == 1) {
-        e->kind->encode(values, block);
+        kind_encode(e->kind, values, block);
         return;
     }
     for (size_t c = 0; c < GROUP; c++) importance[c] = c < n;

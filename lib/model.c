@@ -96,15 +96,20 @@ void model_close(struct model *m) {
     memset(m, 0, sizeof *m);
 }
 
+struct matrices { struct matrix *at[LLAMA_LAYER_MATRICES]; }; // in llama_stage's order
+
+static struct matrices matrices_of(struct layer *l) {
+    return (struct matrices){{&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w3, &l->w2}};
+}
+
 int model_rotated(const struct model *m) {
     int rotated = 0;
     for (uint32_t n = 0; n < m->config.n_layers; n++) {
-        const struct layer *l = &m->layers[n];
-        const struct kind *kinds[] = {l->wq.kind, l->wk.kind, l->wv.kind, l->wo.kind,
-                                      l->w1.kind, l->w3.kind, l->w2.kind};
-        for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-            if (kinds[i]->columns > 1 && !kinds[i]->rotated) return 0;
-            rotated |= kinds[i]->rotated;
+        const struct matrices all = matrices_of(&m->layers[n]);
+        for (int i = 0; i < LLAMA_LAYER_MATRICES; i++) {
+            const struct kind *kind = all.at[i]->kind;
+            if (kind->columns > 1 && !kind->rotated) return 0;
+            rotated |= kind->rotated;
         }
     }
     return rotated;
@@ -115,16 +120,15 @@ int model_layer(const struct model *model, uint32_t number, const uint32_t *kind
     if (number >= model->config.n_layers)
         return fail("layer %u, expected 0 to %u", number, model->config.n_layers - 1);
     *layer = model->layers[number];
-    struct matrix *all[LLAMA_LAYER_MATRICES] = {&layer->wq, &layer->wk, &layer->wv, &layer->wo,
-                                                &layer->w1, &layer->w3, &layer->w2};
+    const struct matrices all = matrices_of(layer);
     for (int i = 0; i < LLAMA_LAYER_MATRICES; i++) {
         if (!blocks[i]) continue;
         const struct kind *kind = kind_find(kinds[i]);
         if (!kind) return fail("layer %u: no such kind of weights as %u", number, kinds[i]);
-        all[i]->kind = kind;
-        all[i]->kind_number = kinds[i];
-        all[i]->strip_bytes = kind_strip_bytes(kind, all[i]->columns);
-        all[i]->data = blocks[i];
+        all.at[i]->kind = kind;
+        all.at[i]->kind_number = kinds[i];
+        all.at[i]->strip_bytes = kind_strip_bytes(kind, all.at[i]->columns);
+        all.at[i]->data = blocks[i];
     }
     return 0;
 }

@@ -168,42 +168,19 @@ static void encode_q4(const float *values, void *block) {
 
 // ---- rotated
 
-void rotate_group(float *x, float size) {
-    for (int h = 1; h < GROUP; h *= 2)
-        for (int j = 0; j < GROUP; j++)
+void hadamard(float *x, size_t n) {
+    for (size_t h = 1; n % (2 * h) == 0; h *= 2)
+        for (size_t j = 0; j < n; j++)
             if (!(j & h)) {
                 const float a = x[j], b = x[j + h];
                 x[j] = a + b;
                 x[j + h] = a - b;
             }
+}
+
+void rotate_group(float *x, float size) {
+    hadamard(x, GROUP);
     for (int j = 0; j < GROUP; j++) x[j] *= size;
-}
-
-static void decode_row_q8r(const void *block, uint32_t row, float *values) {
-    decode_row_q8(block, row, values);
-    rotate_group(values, ROTATED_INPUT);
-}
-
-static void decode_row_q4r(const void *block, uint32_t row, float *values) {
-    decode_row_q4(block, row, values);
-    rotate_group(values, ROTATED_INPUT);
-}
-
-static void rotate_rows(const float *values, float rotated[TILE_ROWS * GROUP]) {
-    memcpy(rotated, values, TILE_ROWS * GROUP * sizeof *rotated);
-    for (int r = 0; r < TILE_ROWS; r++) rotate_group(rotated + r * GROUP, ROTATED_WEIGHT);
-}
-
-static void encode_q8r(const float *values, void *block) {
-    float rotated[TILE_ROWS * GROUP];
-    rotate_rows(values, rotated);
-    encode_q8(rotated, block);
-}
-
-static void encode_q4r(const float *values, void *block) {
-    float rotated[TILE_ROWS * GROUP];
-    rotate_rows(values, rotated);
-    encode_q4(rotated, block);
 }
 
 // ---- the table
@@ -220,8 +197,8 @@ static const struct kind kinds[] = {
     {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16, 0},
     {"q8", GROUP, Q8_BYTES, Q8_LIMIT, decode_row_q8, encode_q8, 0},
     [LLAMA_Q4] = {"q4", GROUP, Q4_BYTES, Q4_LIMIT, decode_row_q4, encode_q4, 0},
-    {"q8r", GROUP, Q8_BYTES, Q8_LIMIT / ROTATED_MOST, decode_row_q8r, encode_q8r, 1},
-    {"q4r", GROUP, Q4_BYTES, Q4_LIMIT / ROTATED_MOST, decode_row_q4r, encode_q4r, 1},
+    {"q8r", GROUP, Q8_BYTES, Q8_LIMIT / ROTATED_MOST, decode_row_q8, encode_q8, 1},
+    {"q4r", GROUP, Q4_BYTES, Q4_LIMIT / ROTATED_MOST, decode_row_q4, encode_q4, 1},
 };
 
 const struct kind *kind_find(uint32_t kind) {
@@ -236,9 +213,24 @@ uint64_t kind_matrix_bytes(const struct kind *kind, uint64_t rows, uint64_t colu
     return (rows + TILE_ROWS - 1) / TILE_ROWS * kind_strip_bytes(kind, columns);
 }
 
+void kind_encode(const struct kind *kind, const float *values, void *block) {
+    float rotated[TILE_ROWS * GROUP];
+    if (kind->rotated) {
+        memcpy(rotated, values, sizeof rotated);
+        for (int r = 0; r < TILE_ROWS; r++) rotate_group(rotated + r * GROUP, ROTATED_WEIGHT);
+        values = rotated;
+    }
+    kind->encode(values, block);
+}
+
+static void decode_row(const struct kind *kind, const void *block, uint32_t row, float *values) {
+    kind->decode_row(block, row, values);
+    if (kind->rotated) rotate_group(values, ROTATED_INPUT);
+}
+
 void kind_decode(const struct kind *kind, const void *block, float *values) {
     for (uint32_t r = 0; r < TILE_ROWS; r++)
-        kind->decode_row(block, r, values + r * kind->columns);
+        decode_row(kind, block, r, values + r * kind->columns);
 }
 
 void kind_decode_row(const struct kind *kind, const void *data, uint64_t columns, uint64_t row,
@@ -248,9 +240,9 @@ void kind_decode_row(const struct kind *kind, const void *data, uint64_t columns
     uint64_t whole = columns / kind->columns, rest = columns % kind->columns;
     float last[GROUP];
     for (uint64_t i = 0; i < whole; i++, block += kind->block_bytes, out += kind->columns)
-        kind->decode_row(block, row % TILE_ROWS, out);
+        decode_row(kind, block, row % TILE_ROWS, out);
     if (rest) {
-        kind->decode_row(block, row % TILE_ROWS, last);
+        decode_row(kind, block, row % TILE_ROWS, last);
         memcpy(out, last, rest * sizeof *out);
     }
 }

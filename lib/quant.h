@@ -57,11 +57,14 @@ struct kind {
     float limit;           // largest |weight| the kind can hold
     void (*decode_row)(const void *block, uint32_t row, float *values); // values (columns)
     void (*encode)(const float *values, void *block); // values (TILE_ROWS, columns), finite
-    int rotated;           // decode_row gives, and encode takes, plain weights even so
+    int rotated;           // the two above take and give rotated weights
 };
 
-/* Turns GROUP numbers by H and multiplies them by SIZE: for h = 1, 2, 4, 8, 16 a pair (x[j],
- * x[j + h]) becomes its sum and its difference. H is its own inverse but for 1 / GROUP. */
+/* Turns x (n) by a Hadamard matrix, in blocks of b, the largest power of two that divides n: for
+ * h = 1, 2, 4 ... b / 2 a pair (x[j], x[j + h]) becomes its sum and its difference. The matrix is
+ * its own inverse but for 1 / b. */
+void hadamard(float *x, size_t n);
+/* Turns GROUP numbers so and multiplies them by SIZE. */
 void rotate_group(float *x, float size);
 
 /* Packs one block: values (GROUP, TILE_ROWS), column by column, scale (TILE_ROWS) as fit.h finds it
@@ -84,7 +87,8 @@ const struct kind *kind_find(uint32_t kind);
  * whose product is at most 2^60. */
 uint64_t kind_strip_bytes(const struct kind *kind, uint64_t columns);
 uint64_t kind_matrix_bytes(const struct kind *kind, uint64_t rows, uint64_t columns);
-/* One block: values (TILE_ROWS, columns). */
+/* One block: values (TILE_ROWS, columns), plain weights of rotated kinds too. */
+void kind_encode(const struct kind *kind, const float *values, void *block);
 void kind_decode(const struct kind *kind, const void *block, float *values);
 /* Row ROW of a matrix whose data starts at DATA: out (columns). */
 void kind_decode_row(const struct kind *kind, const void *data, uint64_t columns, uint64_t row,

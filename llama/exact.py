@@ -11,13 +11,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llama.calibrate import STAGES
 from llama.distance import PAGE_NAME, Deviation, Distance, compare, outputs, page
 from llama.engine import Engine, Floats
 from llama.quant import Kind, matrix_bytes
 from llama.sensitivity import MATRICES, answers
 from llama.stages import END, HEAD, Blocks, aligned, run_stage
-
-PLACES = ((), (0, 1, 2), (3,), (4, 5), (6,))  # of the matrices that each stage uses
 
 
 def rounding(
@@ -47,8 +46,12 @@ def _hidden(engine: Engine, ids: list[int], threads: int | None) -> Floats:
     for layer in range(n_layers):
         given = stream
         for stage in range(1, END + 1):
-            names = {place: f"layers.{layer}.{MATRICES[place]}.weight" for place in PLACES[stage]}
-            decoded = {at: _decoded(engine, places[name], threads) for at, name in names.items()}
+            decoded = {  # the matrices that were next after the stage before
+                MATRICES.index(name): _decoded(
+                    engine, places[f"layers.{layer}.{name}.weight"], threads
+                )
+                for name in STAGES[stage - 1]
+            }
             given = run_stage(engine, layer, stage, stream, given, decoded)
     return run_stage(engine, n_layers - 1, HEAD, stream, stream, {})
 

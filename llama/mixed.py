@@ -67,7 +67,7 @@ def mix(
             raise LlamaError("--max-kld is about next tokens, and this model gives none; --size")
         kinds = [kinds_of(tensor, model.config.head) for tensor in model.tensors]
         smallest = _records(model.tensors, [few[0] for few in kinds])
-        if rotate or (rotate is None and rotation.pays(model, smallest, threads)):
+        if rotation.wanted(rotate, model, smallest, threads):
             kinds = [_rotated(*pair) for pair in zip(model.tensors, kinds, strict=True)]
         # what cannot be is refused before an hour's work
         probe = writer_of(model, out, _records(model.tensors, [k[0] for k in kinds]), command,

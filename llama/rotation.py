@@ -18,6 +18,13 @@ ROTATED = {Kind.Q8: Kind.Q8R, Kind.Q4: Kind.Q4R}
 MOST = 1.05  # rotated rounding may cost this much of the plain one's squared error
 
 
+def wanted(
+    rotate: bool | None, model: Model, records: Sequence[Record], threads: int | None = None
+) -> bool:
+    """What quantize.py's --rotate asks for; None: what pays() says."""
+    return pays(model, records, threads) if rotate is None else rotate
+
+
 def rotated(records: Sequence[Record]) -> list[Record]:
     """RECORDS with the layers' quantised matrices of rotated kinds, where they can be."""
     return [

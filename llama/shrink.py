@@ -99,7 +99,7 @@ def shrink(
         if all(r.kind == t.kind for r, t in zip(records, tensors, strict=True)):
             above = f", not above {bits} bits" if bits < 32 else ""
             raise LlamaError(f"{source}: is in {model.config.dtype} already{above}")
-        if rotate or (rotate is None and rotation.pays(model, records, threads)):
+        if rotation.wanted(rotate, model, records, threads):
             records = rotation.rotated(records)
         receipt = begin(model, bits, command)
         with writer_of(model, out, records, command, force) as writer, ExitStack() as stack:

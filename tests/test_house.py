@@ -108,7 +108,7 @@ MAY_IMPORT = {
     "rotation": {"engine", "format", "quant"},
     "plan": {"quant"},
     "sensitivity": {"calibrate", "config", "engine", "stages"},
-    "exact": {"distance", "engine", "quant", "sensitivity", "stages"},
+    "exact": {"calibrate", "distance", "engine", "quant", "sensitivity", "stages"},
     "receipt": {"distance", "plan", "quant"},
     "info": {"config", "engine", "golden", "receipt", "tokenizer"},
     "shrink": {"calibrate", "cli", "distance", "engine", "exact", "format", "golden", "plan",

@@ -95,10 +95,9 @@ struct kernels {
     /* x (n) -> a code at each out[i * step], and their scale: quantize_row's rule for one group
      * of n. */
     void (*to_q8)(int8_t *out, size_t step, float *scale, const float *x, size_t n);
-    /* Turns x (n) by a Hadamard matrix, in blocks of b, the largest power of two that divides n:
-     * for h = 1, 2, 4 ... b / 2 a pair (x[j], x[j + h]) becomes its sum and its difference. Keys
-     * and queries so turned have b times the product they had, and a key's largest element is
-     * nearer to the others, so that codes lose less (arXiv:2404.00456, section 4). */
+    /* hadamard of quant.h. Keys and queries so turned have b times the product they had, and a
+     * key's largest element is nearer to the others, so that codes lose less (arXiv:2404.00456,
+     * section 4). */
     void (*hadamard)(float *x, size_t n);
 
     /* The best scale (TILE_ROWS) of a q8 block for values (GROUP, TILE_ROWS): fit.h. */

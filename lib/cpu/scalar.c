@@ -187,16 +187,6 @@ static void rotate_row(float *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i += GROUP) rotate_group(out + i, ROTATED_INPUT);
 }
 
-static void hadamard(float *x, size_t n) {
-    for (size_t h = 1; n % (2 * h) == 0; h *= 2)
-        for (size_t j = 0; j < n; j++)
-            if (!(j & h)) {
-                float a = x[j], b = x[j + h];
-                x[j] = a + b;
-                x[j + h] = a - b;
-            }
-}
-
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps) {
     float lanes[16] = {0};
     for (size_t i = 0; i < n; i++)

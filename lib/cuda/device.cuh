@@ -133,6 +133,12 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+/* Lane i's sum with lane i + h, and lane i + h's difference, of those among LANES. */
+__device__ __forceinline__ float butterfly(unsigned lanes, float v, int h) {
+    const float other = __shfl_xor_sync(lanes, v, h);
+    return lane_number() & h ? other - v : v + other;
+}
+
 /* Half a warp has a group of 32, two neighbours a lane: turns it as rotate_group in quant.h does,
  * times SIZE. */
 __device__ __forceinline__ void rotate_pairs(float v[2], float size) {
@@ -141,10 +147,7 @@ __device__ __forceinline__ void rotate_pairs(float v[2], float size) {
     v[1] = v[0] - v[1];
     v[0] = sum;
     for (int h = 1; h < 16; h *= 2)
-        for (int e = 0; e < 2; e++) {
-            const float other = __shfl_xor_sync(half, v[e], h);
-            v[e] = lane_number() & h ? other - v[e] : v[e] + other;
-        }
+        for (int e = 0; e < 2; e++) v[e] = butterfly(half, v[e], h);
     v[0] *= size;
     v[1] *= size;
 }

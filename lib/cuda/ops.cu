@@ -49,10 +49,7 @@ __global__ void embed(embedding e) {
     if (c >= e.table.columns) return;
     float w = weight(e.table, e.tokens[i], c);
     if (e.table.rotated) { // a warp has a group
-        for (int h = 1; h < GROUP; h *= 2) {
-            const float other = __shfl_xor_sync(ALL_LANES, w, h);
-            w = lane_number() & h ? other - w : w + other;
-        }
+        for (int h = 1; h < GROUP; h *= 2) w = butterfly(ALL_LANES, w, h);
         w *= ROTATED_INPUT;
     }
     e.x[(size_t)i * e.table.columns + c] = w;

@@ -30,6 +30,10 @@ template <uint32_t KIND> struct tile;
 struct seat {
     int g, t, quad; // quad: rows 4 quad to + 3 of the strip
     __device__ seat() : g(lane_number() / 4), t(lane_number() % 4), quad(g % 4) {}
+    /* The I-th of its eight in tile NUMBER. */
+    __device__ int column(int number, int i) const {
+        return number * GROUP + i / 4 * 16 + 4 * t + i % 4;
+    }
 };
 
 template <> struct tile<LLAMA_Q4> {
@@ -117,7 +121,7 @@ template <uint32_t KIND> struct tile {
     __device__ __forceinline__ void load(const uint8_t *strip, int number, int n_columns) {
         const seat at;
         for (int i = 0; i < 8; i++) {
-            const int c = number * GROUP + i / 4 * 16 + 4 * at.t + i % 4;
+            const int c = at.column(number, i);
             columns[i] = strip && c < n_columns
                              ? stream8(strip + (size_t)c * 2 * TILE_ROWS + at.quad * 8)
                              : make_uint2(0, 0);
@@ -149,7 +153,7 @@ template <> struct tile<LLAMA_F32> {
     __device__ __forceinline__ void load(const uint8_t *strip, int number, int n_columns) {
         const seat at;
         for (int i = 0; i < 8; i++) {
-            const int c = number * GROUP + i / 4 * 16 + 4 * at.t + i % 4;
+            const int c = at.column(number, i);
             columns[i] = strip && c < n_columns
                              ? stream16(strip + (size_t)c * 4 * TILE_ROWS + at.quad * 16)
                              : make_uint4(0, 0, 0, 0);
