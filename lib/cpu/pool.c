@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SPINS = 4000, MOST_THREADS = 1024, RANGES_A_THREAD = 8, STACK_BYTES = 1 << 20 };
+enum { SPINS = 4000, MOST_THREADS = 1024, STACK_BYTES = 1 << 20 };
 #define NOTHING 0xffffffffu // an item beyond any
 
 typedef void work_fn(void *context, size_t first, size_t last);
@@ -38,7 +38,7 @@ struct pool {
     _Atomic uint64_t next;
     _Atomic(work_fn *) work;
     _Atomic(void *) context;
-    atomic_size_t n, range;
+    atomic_size_t n, grain;
     atomic_size_t finished;   // items
 };
 
@@ -50,16 +50,24 @@ static void relax(void) {
 #endif
 }
 
+/* A range is half a thread's share of what is left: few are taken, and the last ones are small, so
+ * that all threads end together. */
+static size_t range_of(const struct pool *p, size_t left, size_t grain) {
+    const size_t share = left / (2 * (size_t)p->threads) / grain * grain;
+    const size_t range = share > grain ? share : grain;
+    return left < range ? left : range;
+}
+
 static void take_ranges(struct pool *p) {
     for (;;) {
         uint64_t next = atomic_load(&p->next);
         const size_t first = next & NOTHING, n = atomic_load(&p->n);
-        const size_t range = atomic_load(&p->range);
+        const size_t grain = atomic_load(&p->grain);
         work_fn *work = atomic_load(&p->work);
         void *context = atomic_load(&p->context);
         if (first >= n) return;
-        if (!atomic_compare_exchange_strong(&p->next, &next, next + range)) continue;
-        const size_t count = n - first < range ? n - first : range;
+        const size_t count = range_of(p, n - first, grain);
+        if (!atomic_compare_exchange_strong(&p->next, &next, next + count)) continue;
         work(context, first, first + count);
         if (atomic_fetch_add(&p->finished, count) + count == n && atomic_load(&p->waiting)) {
             pthread_mutex_lock(&p->lock);
@@ -118,13 +126,12 @@ void pool_run(struct pool *p, size_t n, size_t grain, work_fn *work, void *conte
         if (n) work(context, 0, n);
         return;
     }
-    const size_t range = n / ((size_t)p->threads * RANGES_A_THREAD);
     const uint64_t step = (uint64_t)(atomic_load(&p->step) + 1) << 32;
     atomic_store(&p->next, step | NOTHING);
     atomic_store(&p->work, work);
     atomic_store(&p->context, context);
     atomic_store(&p->n, n);
-    atomic_store(&p->range, range > grain ? range : grain);
+    atomic_store(&p->grain, grain);
     atomic_store(&p->finished, 0);
     atomic_store(&p->next, step);
     announce_step(p);
