@@ -150,9 +150,10 @@ static const size_t value_bytes[11] = {4 * HEAD_DIM, 2 * HEAD_DIM, HEAD_DIM + 4}
 static void run_row(void *context, size_t part, size_t parts) {
     struct row_job *j = context;
     const struct kernels *k = j->k;
-    struct attention a = {j->q,     j->out, (size_t)j->n_queries,
-                          HEAD_DIM, j->pages,
-                          0,        PAGE_POSITIONS * value_bytes[j->entry], POSITIONS};
+    struct attention a = {.q = j->q, .out = j->out, .n_rows = 1,
+                          .n_queries = (size_t)j->n_queries, .head_dim = HEAD_DIM,
+                          .pages = j->pages, .n_positions = POSITIONS,
+                          .v_offset = PAGE_POSITIONS * value_bytes[j->entry]};
     (void)part, (void)parts;
     for (int i = 0; i < 20; i++)
         switch (j->entry) {

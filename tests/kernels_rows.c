@@ -221,8 +221,10 @@ void test_rows(void) {
 // ---- attention
 
 struct shape {
-    size_t n_queries, head_dim, n_positions;
+    size_t n_rows, n_queries, head_dim, n_positions; // the last: of the first row
 };
+
+static size_t all_positions(struct shape s) { return s.n_positions + s.n_rows - 1; }
 
 /* How a page holds its numbers. */
 enum hold { HOLD_F32, HOLD_F16, HOLD_Q8 };
@@ -244,14 +246,15 @@ static void put_number(uint8_t *half, size_t i, enum hold hold, float x) {
 /* Random pages, each ending where memory does; positions past the last hold NaN. With SPECIALS
  * one value of the last position's key, or of its value, is not finite; in q8 its scale. */
 static const uint8_t **make_pages(struct shape s, enum hold hold, int specials) {
-    size_t n_pages = (s.n_positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
+    size_t n_positions = all_positions(s);
+    size_t n_pages = (n_positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     size_t half = half_page(s.head_dim, hold), codes = PAGE_POSITIONS * s.head_dim;
     const uint8_t **pages = guarded(n_pages * sizeof *pages);
     for (size_t i = 0; i < n_pages; i++) {
         uint8_t *page = guarded(2 * half);
         pages[i] = page;
-        for (size_t p = 0; p < PAGE_POSITIONS && i * PAGE_POSITIONS + p < s.n_positions; p++) {
-            const int last = i * PAGE_POSITIONS + p + 1 == s.n_positions;
+        for (size_t p = 0; p < PAGE_POSITIONS && i * PAGE_POSITIONS + p < n_positions; p++) {
+            const int last = i * PAGE_POSITIONS + p + 1 == n_positions;
             for (size_t c = 0; c < 2 * s.head_dim; c++) {
                 size_t k = (p / 16 * s.head_dim + c) * 16 + p % 16;
                 size_t v = p * s.head_dim + c - s.head_dim;
@@ -285,19 +288,21 @@ static double element(const uint8_t *at, size_t i, enum hold hold, size_t p, siz
 static size_t wrong_attention(const struct attention *a, enum hold hold) {
     size_t wrong = 0, n = a->head_dim;
     double s[512], out[128];
-    for (size_t h = 0; h < a->n_queries; h++) {
+    for (size_t j = 0; j < a->n_rows * a->n_queries; j++) {
+        const size_t row = j / a->n_queries, end = a->n_positions + row;
+        const size_t at = row * a->stride + j % a->n_queries * n;
         double most = -INFINITY, sum = 0;
-        for (size_t p = 0; p < a->n_positions; p++) {
+        for (size_t p = 0; p < end; p++) {
             const uint8_t *k = a->pages[p / PAGE_POSITIONS] + a->k_offset;
             size_t lane = p % PAGE_POSITIONS;
             s[p] = 0;
             for (size_t i = 0; i < n; i++)
-                s[p] += a->q[h * n + i] *
+                s[p] += a->q[at + i] *
                         element(k, (lane / 16 * n + i) * 16 + lane % 16, hold, lane, n);
             most = s[p] > most ? s[p] : most;
         }
         memset(out, 0, sizeof out);
-        for (size_t p = 0; p < a->n_positions; p++) {
+        for (size_t p = 0; p < end; p++) {
             const uint8_t *v = a->pages[p / PAGE_POSITIONS] + a->v_offset;
             double w = exp(s[p] - most);
             size_t lane = p % PAGE_POSITIONS;
@@ -306,7 +311,7 @@ static size_t wrong_attention(const struct attention *a, enum hold hold) {
                 out[i] += w * element(v, lane * n + i, hold, lane, n);
         }
         for (size_t i = 0; i < n; i++)
-            wrong += !near(out[i] / sum, a->out[h * n + i], 3e-5); // 1.2e-5 seen at head_dim 128
+            wrong += !near(out[i] / sum, a->out[at + i], 3e-5); // 1.2e-5 seen at head_dim 128
     }
     return wrong;
 }
@@ -317,21 +322,24 @@ static void run_attend(const struct kernels *k, const struct attention *a, enum 
 
 static void test_attend(struct shape s, enum hold hold, int specials) {
     char what[128];
-    size_t size = s.n_queries * s.head_dim;
+    size_t stride = s.n_queries * s.head_dim + 3, size = s.n_rows * stride - 3;
     float *q = guarded(size * sizeof *q), *want = guarded(size * sizeof *want);
     fill(q, size, specials == 3 ? 1e30f : 1);
     const uint8_t **pages = make_pages(s, hold, specials % 3);
-    struct attention a = {q, want, s.n_queries, s.head_dim, pages, 0, half_page(s.head_dim, hold),
-                          s.n_positions};
+    struct attention a = {.q = q, .out = want, .stride = stride, .n_rows = s.n_rows,
+                          .n_queries = s.n_queries, .head_dim = s.head_dim, .pages = pages,
+                          .v_offset = half_page(s.head_dim, hold), .n_positions = s.n_positions};
+    memset(want, 0, size * sizeof *want); // between the rows
     run_attend(sets[n_sets - 1], &a, hold);
-    snprintf(what, sizeof what, "attend_%s %zu queries, head_dim %zu, %zu positions, scene %d",
-             hold_names[hold], s.n_queries, s.head_dim, s.n_positions, specials);
+    snprintf(what, sizeof what, "attend_%s %zu rows of %zu queries, head_dim %zu, %zu positions, scene %d",
+             hold_names[hold], s.n_rows, s.n_queries, s.head_dim, s.n_positions, specials);
     if (!specials) {
         size_t wrong = wrong_attention(&a, hold);
         check(wrong == 0, "scalar %s: %zu off", what, wrong);
     }
     for (size_t i = 0; i + 1 < n_sets; i++) {
         a.out = guarded(size * sizeof *a.out);
+        memset(a.out, 0, size * sizeof *a.out);
         run_attend(sets[i], &a, hold);
         same(sets[i]->isa, what, want, a.out, size);
     }
@@ -339,15 +347,17 @@ static void test_attend(struct shape s, enum hold hold, int specials) {
 }
 
 void test_attention(void) {
-    static const size_t queries[] = {1, 2, 3, 4, 7, 8}, dims[] = {2, 6, 8, 64, 80, 128},
-                        positions[] = {1, 15, 16, 17, 31, 32, 33, 64, 100, 321};
-    for (size_t q = 0; q < 6; q++)
-        for (size_t d = 0; d < 6; d++)
-            for (size_t p = 0; p < 10; p++)
-                for (enum hold hold = HOLD_F32; hold <= HOLD_Q8; hold++)
-                    for (int specials = 0; specials < (d % 2 ? 1 : 4); specials++)
-                        test_attend((struct shape){queries[q], dims[d], positions[p]}, hold,
-                                    specials);
+    static const size_t rows[] = {1, 2, 5}, queries[] = {1, 2, 3, 4, 7, 8},
+                        dims[] = {2, 6, 8, 64, 80, 128},
+                        positions[] = {1, 15, 16, 17, 29, 31, 32, 33, 64, 100, 321};
+    for (size_t r = 0; r < 3; r++)
+        for (size_t q = 0; q < (r ? 3 : 6); q++)
+            for (size_t d = 0; d < 6; d++)
+                for (size_t p = 0; p < 11; p++)
+                    for (enum hold hold = HOLD_F32; hold <= HOLD_Q8; hold++)
+                        for (int specials = 0; specials < (d % 2 ? 1 : 4); specials++)
+                            test_attend((struct shape){rows[r], queries[q], dims[d], positions[p]},
+                                        hold, specials);
 }
 
 /* A scale, a shift and the levels nearest to them leave no more than plain choices do. */

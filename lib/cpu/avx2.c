@@ -6,6 +6,7 @@
  * constants where it is called. Compiles to nothing for other machines. */
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "exp.h"
+#include "kernels.h"
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
@@ -14,6 +15,14 @@
 /* Register blocks, of 16 registers: 1 strip by 6 tokens of floats, 1 by 4 of codes, whose sums as
  * floats wait in L1. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
+
+/* What a query carries from page to page. */
+struct softmax {
+    float m;                // the largest score so far
+    __m256 lanes[2];        // sums of weights
+    __m256 scale;           // what this page does to earlier sums
+    float w[PAGE_POSITIONS]; // scores, then weights
+};
 #include "blocks.h"
 
 /* Elements i to i + 7 of an array of floats of a kind, or of int8 codes. */
@@ -113,6 +122,9 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t c = at->from; c < at->to; c++) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(w + s * m->strip_bytes + at->ahead + c * TILE_ROWS * element_bytes(kind), 1);
         UNROLL for (int h = 0; h < H; h++)
             column[h] = load8(w + h / 2 * m->strip_bytes, c * TILE_ROWS + h % 2 * 8, kind);
         UNROLL for (int t = 0; t < T; t++) {
@@ -195,6 +207,9 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(block + s * m->strip_bytes + at->ahead, bytes);
         UNROLL for (int h = 0; h < H; h++)
             shift[h] = kind == Q4 ? shifts(block + h / 2 * m->strip_bytes, h % 2)
                                   : _mm256_setzero_si256();
@@ -355,117 +370,100 @@ static void to_f16(uint16_t *out, const float *x, size_t n) {
 
 // ---- attention
 
-enum { MOST_QUERIES = 4, HALVES = PAGE_POSITIONS / 8 }; // a half is 8 positions of a tile of 16
+enum { HALVES = PAGE_POSITIONS / 8 }; // a half is 8 positions of a tile of 16
 
-/* What is carried from page to page, for up to MOST_QUERIES queries. */
-struct softmax {
-    float m[MOST_QUERIES];         // the largest score so far
-    __m256 lanes[MOST_QUERIES][2]; // sums of weights
-    __m256 scale[MOST_QUERIES];    // what this page does to earlier sums
-    float w[MOST_QUERIES][PAGE_POSITIONS]; // scores, then weights
-};
+INLINE void begin(struct softmax *state) {
+    state->m = -INFINITY;
+    state->lanes[0] = state->lanes[1] = broadcast(0);
+}
 
-INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, size_t head_dim,
-                       enum store kind, const int Q) {
+INLINE void score_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
     for (size_t j = 0; j < PAGE_POSITIONS; j += 16) {
         __m256 s[MOST_QUERIES * 2];
         UNROLL for (int i = 0; i < Q * 2; i++)
             s[i] = broadcast(0);
-        for (size_t i = 0; i < head_dim; i++) {
-            __m256 low = load8(k, j * head_dim + i * 16, kind);
-            __m256 high = load8(k, j * head_dim + i * 16 + 8, kind);
+        for (size_t i = 0; i < p->head_dim; i++) {
+            const size_t at = j * p->head_dim + i * 16;
+            __m256 low = load8(p->k, at, kind), high = load8(p->k, at + 8, kind);
+            fetch(p->next_k + at * element_bytes(kind), 16 * element_bytes(kind));
             UNROLL for (int h = 0; h < Q; h++) {
-                __m256 value = broadcast(q[h * head_dim + i]);
+                __m256 value = broadcast(of[h].q[i]);
                 s[2 * h] = _mm256_fmadd_ps(value, low, s[2 * h]);
                 s[2 * h + 1] = _mm256_fmadd_ps(value, high, s[2 * h + 1]);
             }
         }
         UNROLL for (int i = 0; i < Q * 2; i++) {
             if (kind == Q8)
-                s[i] = _mm256_mul_ps(s[i], load8(scales_of(k, head_dim), j + i % 2 * 8, F32));
-            _mm256_storeu_ps(state->w[i / 2] + j + i % 2 * 8, s[i]);
+                s[i] = _mm256_mul_ps(s[i], load8(scales_of(p->k, p->head_dim), j + i % 2 * 8, F32));
+            _mm256_storeu_ps(of[i / 2].state.w + j + i % 2 * 8, s[i]);
         }
     }
 }
 
-/* Turns the scores of query H on a page's first N positions into weights, zero beyond; in q8
- * times the scales of the values V. */
-INLINE void weigh_page(struct softmax *state, int h, size_t n, const uint8_t *v, size_t head_dim,
-                       enum store kind) {
+/* A page's scores turned into weights, zero from N on; in q8 times the values' scales. */
+INLINE void weigh(struct softmax *state, const struct head_page *p, enum store kind) {
     const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
-    float before = state->m[h];
+    float before = state->m;
     __m256 most = broadcast(before), valid[HALVES];
     UNROLL for (int i = 0; i < HALVES; i++) {
-        valid[i] = _mm256_cmp_ps(lane, broadcast((float)n - 8.f * (float)i), _CMP_LT_OQ);
-        __m256 s = _mm256_loadu_ps(state->w[h] + 8 * i);
+        valid[i] = _mm256_cmp_ps(lane, broadcast((float)p->n - 8.f * (float)i), _CMP_LT_OQ);
+        __m256 s = _mm256_loadu_ps(state->w + 8 * i);
         most = _mm256_max_ps(_mm256_blendv_ps(most, s, valid[i]), most);
     }
-    state->m[h] = max_lane(most);
-    __m256 m = broadcast(state->m[h]);
-    state->scale[h] = exp8(_mm256_sub_ps(broadcast(before), m)); // 0 while before is -infinity
+    state->m = max_lane(most);
+    __m256 m = broadcast(state->m);
+    state->scale = exp8(_mm256_sub_ps(broadcast(before), m)); // 0 while before is -infinity
     for (int i = 0; i < 2; i++)
-        state->lanes[h][i] = _mm256_mul_ps(state->lanes[h][i], state->scale[h]);
+        state->lanes[i] = _mm256_mul_ps(state->lanes[i], state->scale);
     for (int i = 0; i < HALVES; i++) {
-        __m256 w = exp8(_mm256_sub_ps(_mm256_loadu_ps(state->w[h] + 8 * i), m));
+        __m256 w = exp8(_mm256_sub_ps(_mm256_loadu_ps(state->w + 8 * i), m));
         w = _mm256_and_ps(w, valid[i]);
-        state->lanes[h][i % 2] = _mm256_add_ps(state->lanes[h][i % 2], w);
-        if (kind == Q8) w = _mm256_mul_ps(w, load8(scales_of(v, head_dim), 8 * i, F32));
-        _mm256_storeu_ps(state->w[h] + 8 * i, w);
+        state->lanes[i % 2] = _mm256_add_ps(state->lanes[i % 2], w);
+        if (kind == Q8) w = _mm256_mul_ps(w, load8(scales_of(p->v, p->head_dim), 8 * i, F32));
+        _mm256_storeu_ps(state->w + 8 * i, w);
     }
 }
 
 /* Adds the page's values to dimensions [i, i + 8 D) of each query's sum; SOME: how many of the
  * last 8 there are. */
-INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
-                       size_t n, size_t head_dim, size_t some, enum store kind, const int Q,
-                       const int D) {
+INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
+                       enum store kind, const int Q, const int D) {
     __m256 acc[MOST_QUERIES * 2], value[2];
     UNROLL for (int j = 0; j < Q * D; j++) {
-        acc[j] = load_some(out, j / D * head_dim + i + j % D * 8, F32, some);
-        acc[j] = _mm256_mul_ps(acc[j], state->scale[j / D]);
+        acc[j] = load_some(of[j / D].out, i + j % D * 8, F32, some);
+        acc[j] = _mm256_mul_ps(acc[j], of[j / D].state.scale);
     }
-    for (size_t p = 0; p < n; p++) {
+    for (size_t n = 0; n < p->n; n++) {
+        const size_t at = n * p->head_dim + i;
+        fetch(p->next_v + at * element_bytes(kind), 8 * D * element_bytes(kind));
         UNROLL for (int d = 0; d < D; d++)
-            value[d] = load_some(v, p * head_dim + i + d * 8, kind, some);
+            value[d] = load_some(p->v, at + d * 8, kind, some);
         UNROLL for (int h = 0; h < Q; h++) {
-            __m256 w = broadcast(state->w[h][p]);
+            __m256 w = broadcast(of[h].state.w[n]);
             UNROLL for (int d = 0; d < D; d++)
                 acc[h * D + d] = _mm256_fmadd_ps(w, value[d], acc[h * D + d]);
         }
     }
     UNROLL for (int j = 0; j < Q * D; j++)
-        store_some(out + j / D * head_dim + i + j % D * 8, acc[j], some);
+        store_some(of[j / D].out + i + j % D * 8, acc[j], some);
 }
 
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q) {
-    const size_t head_dim = a->head_dim;
-    const float *q = a->q + query * head_dim;
-    float *out = a->out + query * head_dim;
-    struct softmax state;
-    for (int h = 0; h < Q; h++) {
-        state.m[h] = -INFINITY;
-        state.lanes[h][0] = state.lanes[h][1] = broadcast(0);
-    }
-    memset(out, 0, Q * head_dim * sizeof *out);
-    for (size_t p = 0; p < a->n_positions; p += PAGE_POSITIONS) {
-        const uint8_t *page = a->pages[p / PAGE_POSITIONS], *v = page + a->v_offset;
-        size_t n = left(a->n_positions, p), i = 0;
-        n = n < PAGE_POSITIONS ? n : PAGE_POSITIONS;
-        score_page(&state, q, page + a->k_offset, head_dim, kind, Q);
-        for (int h = 0; h < Q; h++)
-            weigh_page(&state, h, n, v, head_dim, kind);
-        for (; head_dim - i >= 16; i += 16)
-            add_values(&state, out, v, i, n, head_dim, 8, kind, Q, 2);
-        for (; i < head_dim; i += 8)
-            add_values(&state, out, v, i, n, head_dim, left(head_dim, i), kind, Q, 1);
-    }
-    for (int h = 0; h < Q; h++) {
-        __m256 sum = broadcast(add_lanes(state.lanes[h][0], state.lanes[h][1]));
-        for (size_t i = 0; i < head_dim; i += 8) {
-            float *at = out + h * head_dim + i;
-            __m256 value = load_some(at, 0, F32, left(head_dim, i));
-            store_some(at, _mm256_div_ps(value, sum), left(head_dim, i));
-        }
+INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    size_t i = 0;
+    score_page(p, of, kind, Q);
+    for (int h = 0; h < Q; h++)
+        weigh(&of[h].state, p, kind);
+    for (; p->head_dim - i >= 16; i += 16)
+        add_values(p, of, i, 8, kind, Q, 2);
+    for (; i < p->head_dim; i += 8)
+        add_values(p, of, i, left(p->head_dim, i), kind, Q, 1);
+}
+
+INLINE void finish(struct query *of, size_t head_dim) {
+    __m256 sum = broadcast(add_lanes(of->state.lanes[0], of->state.lanes[1]));
+    for (size_t i = 0; i < head_dim; i += 8) {
+        __m256 value = load_some(of->out, i, F32, left(head_dim, i));
+        store_some(of->out + i, _mm256_div_ps(value, sum), left(head_dim, i));
     }
 }
 

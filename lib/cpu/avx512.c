@@ -6,6 +6,7 @@
  * machines. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "exp.h"
+#include "kernels.h"
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
@@ -15,6 +16,14 @@
  * of the FMA peak; 2 by 12 had 14, and twelve rows a power of two apart fight for the 8 ways of
  * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats. */
 enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
+
+/* What a query carries from page to page. */
+struct softmax {
+    __m512 m;               // the largest score so far, in every lane
+    __m512 lanes;           // sums of weights
+    __m512 scale;           // what this page does to earlier sums
+    float w[PAGE_POSITIONS];
+};
 #include "blocks.h"
 
 enum { ALL = 0xffff };
@@ -72,6 +81,9 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < S * T; i++)
         acc[i] = at->from ? _mm512_loadu_ps(sums_at(m, at, i % S, i / S)) : _mm512_setzero_ps();
     for (size_t c = at->from; c < at->to; c++) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(w + s * m->strip_bytes + at->ahead + c * TILE_ROWS * element_bytes(kind), 1);
         UNROLL for (int s = 0; s < S; s++)
             column[s] = load16(w + s * m->strip_bytes, c * TILE_ROWS, kind, ALL);
         UNROLL for (int t = 0; t < T; t++) {
@@ -151,6 +163,9 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < S * T; i++)
         acc[i] = at->from ? _mm512_loadu_ps(sums_at(m, at, i % S, i / S)) : _mm512_setzero_ps();
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(block + s * m->strip_bytes + at->ahead, bytes);
         UNROLL for (int s = 0; s < S; s++)
             shift[s] = kind == Q4 ? shifts(block + s * m->strip_bytes) : _mm512_setzero_si512();
         UNROLL for (int i = 0; i < S * T; i++)
@@ -283,103 +298,95 @@ static void to_f16(uint16_t *out, const float *x, size_t n) {
 
 // ---- attention
 
-enum { MOST_QUERIES = 4, TILES = PAGE_POSITIONS / 16 };
+enum { TILES = PAGE_POSITIONS / 16 };
 
-/* What is carried from page to page, for up to MOST_QUERIES queries. */
-struct softmax {
-    __m512 m[MOST_QUERIES];     // the largest score so far, in every lane
-    __m512 lanes[MOST_QUERIES]; // sums of weights
-    __m512 scale[MOST_QUERIES]; // what this page does to earlier sums
-    float w[MOST_QUERIES][PAGE_POSITIONS];
-};
+INLINE void begin(struct softmax *state) {
+    state->m = _mm512_set1_ps(-INFINITY);
+    state->lanes = _mm512_setzero_ps();
+}
 
-/* Scores of a page's first N positions, turned into weights; in q8 times the values' scales. */
-INLINE void weigh_page(struct softmax *state, const float *q, const uint8_t *k, const uint8_t *v,
-                       size_t n, size_t head_dim, enum store kind, const int Q) {
+/* A page's scores turned into weights, zero from N on; in q8 times the values' scales. */
+INLINE void weigh(struct softmax *state, const __m512 *s, const struct head_page *p,
+                  enum store kind) {
+    __m512 m = state->m;
+    __mmask16 mask[TILES];
+    UNROLL for (int j = 0; j < TILES; j++) {
+        mask[j] = p->n > (size_t)(16 * j) ? lanes_below(p->n - 16 * j) : 0;
+        m = _mm512_mask_max_ps(m, mask[j], s[j], m);
+    }
+    m = _mm512_set1_ps(_mm512_reduce_max_ps(m));
+    state->scale = exp16(_mm512_sub_ps(state->m, m)); // 0 while before is -infinity
+    state->m = m;
+    state->lanes = _mm512_mul_ps(state->lanes, state->scale);
+    UNROLL for (int j = 0; j < TILES; j++) {
+        __m512 w = _mm512_maskz_mov_ps(mask[j], exp16(_mm512_sub_ps(s[j], m)));
+        state->lanes = _mm512_add_ps(state->lanes, w);
+        if (kind == Q8)
+            w = _mm512_mul_ps(w, load16(scales_of(p->v, p->head_dim), 16 * j, F32, ALL));
+        _mm512_storeu_ps(state->w + 16 * j, w);
+    }
+}
+
+INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    const size_t column = element_bytes(kind) * PAGE_POSITIONS;
     __m512 s[MOST_QUERIES * TILES], tile[TILES];
     UNROLL for (int i = 0; i < Q * TILES; i++)
         s[i] = _mm512_setzero_ps();
-    for (size_t i = 0; i < head_dim; i++) {
+    for (size_t i = 0; i < p->head_dim; i++) {
+        fetch(p->next_k + i * column, column);
         UNROLL for (int j = 0; j < TILES; j++)
-            tile[j] = load16(k, (j * head_dim + i) * 16, kind, ALL);
+            tile[j] = load16(p->k, (j * p->head_dim + i) * 16, kind, ALL);
         UNROLL for (int h = 0; h < Q; h++) {
-            __m512 value = _mm512_set1_ps(q[h * head_dim + i]);
+            __m512 value = _mm512_set1_ps(of[h].q[i]);
             UNROLL for (int j = 0; j < TILES; j++)
                 s[h * TILES + j] = _mm512_fmadd_ps(value, tile[j], s[h * TILES + j]);
         }
     }
-    UNROLL for (int i = 0; i < Q * TILES; i++)
-        if (kind == Q8)
-            s[i] = _mm512_mul_ps(s[i], load16(scales_of(k, head_dim), i % TILES * 16, F32, ALL));
-    UNROLL for (int h = 0; h < Q; h++) {
-        __m512 m = state->m[h], before = m;
-        UNROLL for (int j = 0; j < TILES; j++) {
-            __mmask16 mask = n > (size_t)(16 * j) ? lanes_below(n - 16 * j) : 0;
-            m = _mm512_mask_max_ps(m, mask, s[h * TILES + j], m);
-        }
-        m = _mm512_set1_ps(_mm512_reduce_max_ps(m));
-        state->m[h] = m;
-        state->scale[h] = exp16(_mm512_sub_ps(before, m)); // 0 while before is -infinity
-        state->lanes[h] = _mm512_mul_ps(state->lanes[h], state->scale[h]);
-        UNROLL for (int j = 0; j < TILES; j++) {
-            __mmask16 mask = n > (size_t)(16 * j) ? lanes_below(n - 16 * j) : 0;
-            __m512 w = exp16(_mm512_sub_ps(s[h * TILES + j], m));
-            w = _mm512_maskz_mov_ps(mask, w);
-            state->lanes[h] = _mm512_add_ps(state->lanes[h], w);
-            if (kind == Q8) w = _mm512_mul_ps(w, load16(scales_of(v, head_dim), 16 * j, F32, ALL));
-            _mm512_storeu_ps(state->w[h] + 16 * j, w);
-        }
+    UNROLL for (int j = 0; j < TILES && kind == Q8; j++) {
+        __m512 scale = load16(scales_of(p->k, p->head_dim), j * 16, F32, ALL);
+        UNROLL for (int h = 0; h < Q; h++)
+            s[h * TILES + j] = _mm512_mul_ps(s[h * TILES + j], scale);
     }
+    UNROLL for (int h = 0; h < Q; h++)
+        weigh(&of[h].state, s + h * TILES, p, kind);
 }
 
 /* Adds the page's values to dimensions [i, i + 16 D) of each query's sum; MASK: of the last 16. */
-INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
-                       size_t n, size_t head_dim, __mmask16 mask, enum store kind, const int Q,
-                       const int D) {
+INLINE void add_values(const struct head_page *p, struct query *of, size_t i, __mmask16 mask,
+                       enum store kind, const int Q, const int D) {
     __m512 acc[MOST_QUERIES * 4], value[4];
     UNROLL for (int j = 0; j < Q * D; j++)
-        acc[j] = _mm512_mul_ps(load16(out, j / D * head_dim + i + j % D * 16, F32, mask),
-                               state->scale[j / D]);
-    for (size_t p = 0; p < n; p++) {
+        acc[j] = _mm512_mul_ps(load16(of[j / D].out, i + j % D * 16, F32, mask),
+                               of[j / D].state.scale);
+    for (size_t n = 0; n < p->n; n++) {
+        const size_t at = n * p->head_dim + i;
+        fetch(p->next_v + at * element_bytes(kind), 16 * D * element_bytes(kind));
         UNROLL for (int d = 0; d < D; d++)
-            value[d] = load16(v, p * head_dim + i + d * 16, kind, mask);
+            value[d] = load16(p->v, at + d * 16, kind, mask);
         UNROLL for (int h = 0; h < Q; h++) {
-            __m512 w = _mm512_set1_ps(state->w[h][p]);
+            __m512 w = _mm512_set1_ps(of[h].state.w[n]);
             UNROLL for (int d = 0; d < D; d++)
                 acc[h * D + d] = _mm512_fmadd_ps(w, value[d], acc[h * D + d]);
         }
     }
     UNROLL for (int j = 0; j < Q * D; j++)
-        _mm512_mask_storeu_ps(out + j / D * head_dim + i + j % D * 16, mask, acc[j]);
+        _mm512_mask_storeu_ps(of[j / D].out + i + j % D * 16, mask, acc[j]);
 }
 
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q) {
-    const size_t head_dim = a->head_dim;
-    const float *q = a->q + query * head_dim;
-    float *out = a->out + query * head_dim;
-    struct softmax state;
-    for (int h = 0; h < Q; h++) {
-        state.m[h] = _mm512_set1_ps(-INFINITY);
-        state.lanes[h] = _mm512_setzero_ps();
-    }
-    memset(out, 0, Q * head_dim * sizeof *out);
-    for (size_t p = 0; p < a->n_positions; p += PAGE_POSITIONS) {
-        const uint8_t *page = a->pages[p / PAGE_POSITIONS], *v = page + a->v_offset;
-        size_t n = a->n_positions - p < PAGE_POSITIONS ? a->n_positions - p : PAGE_POSITIONS;
-        size_t i = 0;
-        weigh_page(&state, q, page + a->k_offset, v, n, head_dim, kind, Q);
-        for (; head_dim - i >= 64; i += 64)
-            add_values(&state, out, v, i, n, head_dim, ALL, kind, Q, 4);
-        for (; i < head_dim; i += 16)
-            add_values(&state, out, v, i, n, head_dim, lanes_below(head_dim - i), kind, Q, 1);
-    }
-    for (int h = 0; h < Q; h++) {
-        __m512 sum = _mm512_set1_ps(add_lanes(state.lanes[h]));
-        for (size_t i = 0; i < head_dim; i += 16) {
-            __mmask16 mask = lanes_below(head_dim - i);
-            __m512 value = load16(out, h * head_dim + i, F32, mask);
-            _mm512_mask_storeu_ps(out + h * head_dim + i, mask, _mm512_div_ps(value, sum));
-        }
+INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    size_t i = 0;
+    weigh_page(p, of, kind, Q);
+    for (; p->head_dim - i >= 64; i += 64)
+        add_values(p, of, i, ALL, kind, Q, 4);
+    for (; i < p->head_dim; i += 16)
+        add_values(p, of, i, lanes_below(p->head_dim - i), kind, Q, 1);
+}
+
+INLINE void finish(struct query *of, size_t head_dim) {
+    const __m512 sum = _mm512_set1_ps(add_lanes(of->state.lanes));
+    for (size_t i = 0; i < head_dim; i += 16) {
+        const __mmask16 mask = lanes_below(head_dim - i);
+        _mm512_mask_storeu_ps(of->out + i, mask, _mm512_div_ps(load16(of->out, i, F32, mask), sum));
     }
 }
 

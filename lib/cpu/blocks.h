@@ -7,11 +7,17 @@
 #define BLOCKS_H
 #include "../fit.h"
 #include "kernels.h"
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
 enum store { F32, F16, BF16, Q8, Q4 };
+
+/* Of the float kinds, and of the codes of q8. */
+INLINE size_t element_bytes(enum store kind) {
+    return kind == F32 ? 4 : kind == Q8 ? 1 : 2;
+}
 
 /* Columns of a piece: what PIECE columns of a block's strips take, 128 KiB of f32 (4 strips) or
  * 136 KiB of q8 (2 strips), lies in L2 while all tokens pass by. LONG_STRIP: see matmul. */
@@ -21,7 +27,13 @@ enum { FLOAT_PIECE = 512, GROUP_PIECE = 128, LONG_STRIP = 40 << 10 };
  * units of the kind's block. */
 struct place {
     size_t strip, token, from, to;
+    size_t ahead;           // bytes to the strips that are next, which are fetched meanwhile; or 0
 };
+
+/* Asks for BYTES at P, which will be read soon. */
+INLINE void fetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
 
 /* The sums of strip S for token T of a block, (16). They are zero at column 0 and stand here
  * between one piece of the columns and the next. */
@@ -39,8 +51,6 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
                         const int S, const int T);
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
                         const int S, const int T);
-/* Queries [query, query + Q) of an attention; Q from 1 to 4. */
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q);
 static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
 static void rotate_row(float *out, const float *x, size_t n);
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps);
@@ -61,8 +71,10 @@ INLINE void block(const struct matmul *m, const struct place *at, enum store kin
 INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int S,
                        const int most) {
     const size_t n = m->in->n;
-    for (at.token = 0; n - at.token >= (size_t)most; at.token += most)
+    for (at.token = 0; n - at.token >= (size_t)most; at.token += most) {
         block(m, &at, kind, S, most);
+        at.ahead = 0;
+    }
     switch (n - at.token) {
     case 1: block(m, &at, kind, S, 1); break;
     case 2: block(m, &at, kind, S, 2); break;
@@ -91,6 +103,7 @@ INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store
         size_t S = last - at.strip >= wide ? wide : 1;
         for (at.from = 0; at.from < columns; at.from = at.to) {
             at.to = columns - at.from < piece ? columns : at.from + piece;
+            at.ahead = n > 1 && last - at.strip > S ? S * m->strip_bytes : 0;
             if (S == (size_t)most_strips) all_tokens(m, at, kind, most_strips, most);
             else all_tokens(m, at, kind, 1, most);
         }
@@ -125,14 +138,73 @@ INLINE const float *scales_of(const uint8_t *codes, size_t head_dim) {
     return (const float *)(const void *)(codes + PAGE_POSITIONS * head_dim);
 }
 
+enum { MOST_QUERIES = 4 };
+
+/* A query on its way through the pages; struct softmax is the ISA's. */
+struct query {
+    const float *q;
+    float *out;
+    size_t end;             // attends to positions [0, end)
+    struct softmax state;
+};
+
+/* One kv head's part of a page of which the first N positions count, and of the page that is
+ * next, which is fetched meanwhile. */
+struct head_page {
+    const uint8_t *k, *v, *next_k, *next_v;
+    size_t n, head_dim;
+};
+
+/* What the ISA supplies: the state before the first page; what page P does to Q queries, 1 to 4;
+ * out / sum of lanes. */
+INLINE void begin(struct softmax *state);
+INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
+INLINE void finish(struct query *of, size_t head_dim);
+
+/* Positions [from, to) meet Q queries. */
+INLINE void attend_pages(const struct attention *a, struct query *of, size_t from, size_t to,
+                         enum store kind, const int Q) {
+    for (size_t p = from; p < to; p += PAGE_POSITIONS) {
+        const uint8_t *page = a->pages[p / PAGE_POSITIONS];
+        const int more = to - p > PAGE_POSITIONS;
+        const uint8_t *next = more ? a->pages[p / PAGE_POSITIONS + 1] : page;
+        const struct head_page at = {page + a->k_offset, page + a->v_offset, next + a->k_offset,
+                                next + a->v_offset, more ? PAGE_POSITIONS : to - p, a->head_dim};
+        attend_page(&at, of, kind, Q);
+    }
+}
+
+/* Queries [first, first + Q), row by row. They share the pages that all of them see whole, and a
+ * last one of which they see the same part. */
+INLINE void attend_queries(const struct attention *a, size_t first, enum store kind, const int Q) {
+    struct query all[MOST_QUERIES];
+    for (int h = 0; h < Q; h++) {
+        const size_t row = (first + h) / a->n_queries, head = (first + h) % a->n_queries;
+        const size_t at = row * a->stride + head * a->head_dim;
+        all[h].q = a->q + at;
+        all[h].out = a->out + at;
+        all[h].end = a->n_positions + row;
+        memset(all[h].out, 0, a->head_dim * sizeof *all[h].out);
+        begin(&all[h].state);
+    }
+    const size_t end = all[0].end, whole = end / PAGE_POSITIONS * PAGE_POSITIONS;
+    const size_t shared = end == all[Q - 1].end ? end : whole;
+    attend_pages(a, all, 0, shared, kind, Q);
+    for (int h = 0; h < Q; h++) {
+        attend_pages(a, all + h, shared, all[h].end, kind, 1);
+        finish(all + h, a->head_dim);
+    }
+}
+
 INLINE void attend(const struct attention *a, enum store kind) {
-    size_t query = 0;
-    for (; a->n_queries - query >= 4; query += 4)
-        attend_queries(a, query, kind, 4);
-    switch (a->n_queries - query) {
-    case 3: attend_queries(a, query, kind, 3); break;
-    case 2: attend_queries(a, query, kind, 2); break;
-    case 1: attend_queries(a, query, kind, 1); break;
+    const size_t n = a->n_rows * a->n_queries;
+    size_t first = 0;
+    for (; n - first >= 4; first += 4)
+        attend_queries(a, first, kind, 4);
+    switch (n - first) {
+    case 3: attend_queries(a, first, kind, 3); break;
+    case 2: attend_queries(a, first, kind, 2); break;
+    case 1: attend_queries(a, first, kind, 1); break;
     }
 }
 

@@ -6,8 +6,10 @@
 #include "../backend.h"
 #include "../error.h"
 #include "../rope.h"
+#include "attention.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "memory.h"
 #include "pages.h"
 #include "pool.h"
 #include <math.h>
@@ -17,12 +19,14 @@
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
 enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
+_Static_assert((int)MOST_ROWS <= (int)ATTENTION_ROWS, "attend takes all rows at once");
 
 struct cpu {
     const struct model *model;
     const struct kernels *kernels;
     struct pool *pool;
     struct kv kv;
+    struct slabs pages;
     float *frequencies;     // (head_dim / 2) rope, radians a position, for texts of
     uint32_t rope_length;   // this length
 
@@ -147,30 +151,13 @@ static void store_range(void *context, size_t first, size_t last) {
 
 static void store(struct part *p) { pool_run(p->cpu->pool, p->n, 4, store_range, p); }
 
-/* Items are (row, kv head); the query heads of a group share its keys and values. */
-static void attend_range(void *context, size_t first, size_t last) {
-    const struct part *p = context;
-    const struct cpu *c = p->cpu;
-    const llama_config *f = &c->model->config;
-    const size_t group = f->n_heads / f->n_kv_heads;
-    for (size_t item = first; item < last; item++) {
-        const size_t i = item / f->n_kv_heads, h = item % f->n_kv_heads;
-        const size_t at = i * c->heads + h * group * f->head_dim;
-        const size_t k_offset = kv_offset(&c->kv, p->layer_index, h);
-        const struct attention a = {
-            .q = c->q + at, .out = c->attended + at, .n_queries = group,
-            .head_dim = f->head_dim, .pages = (const uint8_t *const *)p->of[i]->handles,
-            .k_offset = k_offset, .v_offset = k_offset + c->kv.key_bytes,
-            .n_positions = (size_t)p->positions[i] + 1,
-        };
-        if (c->kv.kind == LLAMA_F32) c->kernels->attend_f32(&a);
-        else if (c->kv.kind == LLAMA_Q8) c->kernels->attend_q8(&a);
-        else c->kernels->attend_f16(&a);
-    }
-}
-
 static void attend(struct part *p) {
-    pool_run(p->cpu->pool, p->n * p->cpu->model->config.n_kv_heads, 1, attend_range, p);
+    struct cpu *c = p->cpu;
+    const struct attending z = {
+        .kv = &c->kv, .layer = p->layer_index, .n_heads = c->model->config.n_heads, .n = p->n,
+        .of = p->of, .positions = p->positions, .q = c->q, .out = c->attended, .stride = c->heads,
+    };
+    attend_rows(&z, c->pool);
 }
 
 static void residual_range(void *context, size_t first, size_t last) {
@@ -370,11 +357,8 @@ static int cpu_stage(void *state, const llama_stage *stage, const struct layer *
 
 static void *page_make(void *device) {
     struct cpu *c = device;
-    void *page = NULL;
-    if (posix_memalign(&page, 64, c->kv.page_bytes)) {
-        fail("out of memory for a KV page of %zu bytes", c->kv.page_bytes);
-        return NULL;
-    }
+    void *page = slabs_take(&c->pages);
+    if (!page) fail("out of memory for a KV page of %zu bytes", c->kv.page_bytes);
     return page;
 }
 
@@ -382,9 +366,9 @@ static void page_copy(void *device, void *to, const void *from) {
     memcpy(to, from, ((struct cpu *)device)->kv.page_bytes);
 }
 
+/* All go together when the session closes. */
 static void page_destroy(void *device, void *page) {
-    (void)device;
-    free(page);
+    (void)device, (void)page;
 }
 
 /* The angles stand where a forward pass keeps its first row's. The frequencies never changed in
@@ -419,6 +403,7 @@ static int cpu_write(void *state, const struct sequence *of, uint32_t first, uin
 static void cpu_close(void *state) {
     struct cpu *c = state;
     pool_close(c->pool);
+    slabs_free(&c->pages);
     free(c->memory);
     free(c->frequencies);
     free(c);
@@ -466,10 +451,8 @@ static int scratch_open(struct cpu *c) {
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
     const size_t bytes = lay_out(c, NULL);
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes))
-        return fail("out of memory for %zu bytes of scratch", bytes);
-    c->memory = memory;
+    c->memory = memory_take(bytes);
+    if (!c->memory) return fail("out of memory for %zu bytes of scratch", bytes);
     lay_out(c, c->memory);
     return 0;
 }
@@ -490,6 +473,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
         .n_layers = f->n_layers, .n_kv_heads = f->n_kv_heads, .head_dim = f->head_dim,
     };
     kv_lay_out(&c->kv);
+    c->pages.piece_bytes = up_to(c->kv.page_bytes, 64);
     c->frequencies = malloc(f->head_dim / 2 * sizeof(float));
     if (!c->frequencies) fail("out of memory for a session");
     if (!c->kernels)

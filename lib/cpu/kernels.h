@@ -37,7 +37,8 @@ struct matmul {
     size_t y_stride;
 };
 
-/* One token's query heads that share one kv head, against one sequence's pages.
+/* Rows are tokens of one sequence that follow each other; of each the query heads that share one
+ * kv head, against the sequence's pages. Each query is computed alone:
  * A page holds, at k_offset, keys (PAGE_POSITIONS / 16, head_dim, 16): dimension-major inside a
  * tile of 16 positions; and at v_offset, values (PAGE_POSITIONS, head_dim). In q8 either are int8
  * codes with their positions' f32 scales (PAGE_POSITIONS) behind them: k[p][i] below is then the
@@ -50,12 +51,13 @@ struct matmul {
  * m starts at -infinity, and while it is so scale is 0; exp is exp_f32 below. A score that is NaN
  * makes all of out NaN. What stands at positions from n_positions on does not matter. */
 struct attention {
-    const float *q;           // (n_queries, head_dim), already scaled by 1 / sqrt(head_dim)
-    float *out;               // (n_queries, head_dim)
-    size_t n_queries, head_dim;
+    const float *q;           // rows of (n_queries, head_dim), scaled by 1 / sqrt(head_dim)
+    float *out;               // rows of (n_queries, head_dim)
+    size_t stride;            // floats from row to row of both
+    size_t n_rows, n_queries, head_dim;
     const uint8_t *const *pages;
     size_t k_offset, v_offset; // bytes from a page's start, for this layer and kv head
-    size_t n_positions;        // attends to positions 0..n_positions - 1; >= 1
+    size_t n_positions;        // row r attends to positions 0..n_positions + r - 1; >= 1
 };
 
 struct kernels {

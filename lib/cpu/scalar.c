@@ -252,14 +252,16 @@ static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size
 }
 
 static void attend(const struct attention *a, load *element, int scaled) {
-    for (size_t j = 0; j < a->n_queries; j++) {
-        float *out = a->out + j * a->head_dim, m = -INFINITY, lanes[16] = {0};
+    for (size_t j = 0; j < a->n_rows * a->n_queries; j++) {
+        const size_t row = j / a->n_queries, end = a->n_positions + row;
+        const size_t at = row * a->stride + j % a->n_queries * a->head_dim;
+        float *out = a->out + at, m = -INFINITY, lanes[16] = {0};
         memset(out, 0, a->head_dim * sizeof *out);
-        for (size_t p = 0; p < a->n_positions; p += PAGE_POSITIONS) {
+        for (size_t p = 0; p < end; p += PAGE_POSITIONS) {
             const uint8_t *page = a->pages[p / PAGE_POSITIONS];
-            size_t n = a->n_positions - p < PAGE_POSITIONS ? a->n_positions - p : PAGE_POSITIONS;
-            attend_page(a->q + j * a->head_dim, page + a->k_offset, page + a->v_offset, n,
-                        a->head_dim, element, scaled, &m, lanes, out);
+            size_t n = end - p < PAGE_POSITIONS ? end - p : PAGE_POSITIONS;
+            attend_page(a->q + at, page + a->k_offset, page + a->v_offset, n, a->head_dim, element,
+                        scaled, &m, lanes, out);
         }
         float sum = add_lanes(lanes);
         for (size_t i = 0; i < a->head_dim; i++)
