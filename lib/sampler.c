@@ -131,25 +131,70 @@ static int penalise(struct candidate *c, size_t n, const llama_sampling *s, cons
 
 static double weight(struct candidate c) { return exp((double)c.logit); }
 
-/* How many of the likeliest the filters leave: they are the last ones of the array. Logits are
- * relative to the largest, so a weight is a share of the largest probability. */
-static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
-    struct ranking r = {c, n, n};
-    size_t most = n, kept = 0;
-    double total = 0, sum = 0;
-    if (!s->top_k && s->top_p == 1 && s->min_p == 0) return n; // as they came
-    for (size_t i = n / 2; i-- > 0;) sift_down(c, n, i);
-    if (s->top_k && (size_t)s->top_k < n) {
-        most = (size_t)s->top_k;
-        while (most < n && nth(&r, most).logit == nth(&r, most - 1).logit) most++;
-        for (size_t i = 0; i < most; i++) total += weight(nth(&r, i));
-    } else {
-        for (size_t i = 0; i < n; i++) total += weight(c[i]);
+/* Most tokens of a large vocabulary are faint: far below the likeliest. */
+#define FAINT_LOGIT (-20.f)
+#define FAINT 2.1e-9 // exp(FAINT_LOGIT) and a little
+
+/* Moves the faint ones behind the others; how many others there are. */
+static size_t faint_last(struct candidate *c, size_t n) {
+    size_t likely = 0;
+    for (size_t i = 0; i < n; i++)
+        if (c[i].logit >= FAINT_LOGIT) {
+            const struct candidate moving = c[i];
+            c[i] = c[likely];
+            c[likely++] = moving;
+        }
+    return likely;
+}
+
+/* What candidates weigh: within what the N_FAINT at FAINT can, who are weighed only if it matters. */
+struct mass {
+    double least, most;
+    const struct candidate *faint;
+    size_t n_faint;
+};
+
+static double weigh(const struct candidate *c, size_t n) {
+    double total = 0;
+    for (size_t i = 0; i < n; i++) total += weight(c[i]);
+    return total;
+}
+
+/* Whether SUM is SHARE of the mass or more. */
+static int reaches(struct mass *m, double sum, double share) {
+    if (sum >= share * m->least && sum < share * m->most)
+        m->least = m->most = m->least + weigh(m->faint, m->n_faint);
+    return sum >= share * m->most;
+}
+
+/* How many of the likeliest the filters leave: they stand up to c[*end]. Logits are relative to the
+ * largest, so a weight is a share of the largest probability. */
+static size_t filter(struct candidate *c, size_t n, const llama_sampling *s, size_t *end) {
+    const double top_p = (double)s->top_p, min_p = (double)s->min_p;
+    const size_t top_k = (size_t)s->top_k;
+    *end = n;
+    if (!top_k && top_p == 1 && min_p == 0) return n; // as they came
+    size_t likely = faint_last(c, n);
+    if (top_k ? likely <= top_k : min_p < FAINT && 1 - top_p <= (double)n * FAINT) likely = n;
+    struct mass mass = {.faint = c + likely, .n_faint = n - likely};
+    if (!top_k) mass.least = weigh(c, likely);
+
+    struct ranking r = {c, likely, likely};
+    size_t most = likely, kept = 0;
+    double sum = 0;
+    for (size_t i = likely / 2; i-- > 0;) sift_down(c, likely, i);
+    if (top_k && top_k < likely) {
+        most = top_k;
+        while (most < likely && nth(&r, most).logit == nth(&r, most - 1).logit) most++;
     }
-    if (s->top_p == 1 && s->min_p == 0) return most;
+    if (top_k)
+        for (size_t i = 0; i < most; i++) mass.least += weight(nth(&r, i));
+    mass.most = mass.least + (top_k ? 0 : (double)mass.n_faint * FAINT);
+    *end = likely;
+    if (top_p == 1 && min_p == 0) return most;
     for (; kept < most; kept++) {
         const double w = weight(nth(&r, kept));
-        if (kept && (sum >= (double)s->top_p * total || w < (double)s->min_p)) break;
+        if (kept && (reaches(&mass, sum, top_p) || w < min_p)) break;
         sum += w;
     }
     return kept;
@@ -160,8 +205,7 @@ static size_t filter(struct candidate *c, size_t n, const llama_sampling *s) {
 static int64_t typical(struct candidate *c, size_t n, double typical_p) {
     struct candidate *near = malloc(2 * n * sizeof *near), *left = near + n;
     if (!near) return fail("out of memory for sampling");
-    double total = 0, mean = 0, sum = 0;
-    for (size_t i = 0; i < n; i++) total += weight(c[i]);
+    double total = weigh(c, n), mean = 0, sum = 0;
     for (size_t i = 0; i < n; i++)
         if (c[i].logit > -INFINITY) mean += weight(c[i]) / total * (double)c[i].logit;
     for (size_t i = 0; i < n; i++) // both surprises less ln(total)
@@ -185,33 +229,33 @@ static int by_id(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The token at which the running sum of weights, in rising id, passes RANDOM of the total. */
-static struct candidate draw(struct candidate *kept, size_t n, double random) {
-    double total = 0, sum = 0;
-    struct candidate chosen = kept[0];
-    size_t in_order = 1;
+/* The token at which the running sum of weights, in rising id, passes RANDOM of the total: its id,
+ * or -1. */
+static int64_t draw(struct candidate *kept, size_t n, double random, struct candidate *chosen) {
+    double *sums = malloc(n * sizeof *sums), sum = 0;
+    size_t in_order = 1, i = 0;
+    if (!sums) return fail("out of memory for sampling");
     while (in_order < n && kept[in_order - 1].id < kept[in_order].id) in_order++;
     if (in_order < n) qsort(kept, n, sizeof *kept, by_id);
-    for (size_t i = 0; i < n; i++) total += weight(kept[i]);
-    for (size_t i = 0; i < n && sum <= random * total; i++) {
-        const double w = weight(kept[i]);
-        if (w > 0) chosen = kept[i];
-        sum += w;
-    }
-    return chosen;
+    for (size_t j = 0; j < n; j++) sums[j] = sum += weight(kept[j]);
+    while (i + 1 < n && sums[i] <= random * sum) i++;
+    while (i && sums[i] == sums[i - 1]) i--; // one that weighs nothing is never drawn
+    *chosen = kept[i];
+    free(sums);
+    return chosen->id;
 }
 
 /* Mirostat 2: draws from the tokens of at most *mu bits of surprise, or from the likeliest where
  * none is, and moves mu by how far the chosen one's surprise is from tau. Surprise is that of the
  * whole distribution, as in the paper's equations, not of what was kept. */
-static int32_t mirostat(struct candidate *c, size_t n, const llama_sampling *s, double random) {
-    double total = 0;
+static int64_t mirostat(struct candidate *c, size_t n, const llama_sampling *s, double random) {
+    struct candidate chosen;
+    double total = weigh(c, n);
     size_t kept = 0;
-    for (size_t i = 0; i < n; i++) total += weight(c[i]);
     const double bits = log2(total), most = fmax(*s->mirostat_mu, bits); // the likeliest's own
     for (size_t i = 0; i < n; i++)
         if (bits - (double)c[i].logit / M_LN2 <= most) c[kept++] = c[i];
-    const struct candidate chosen = draw(c, kept, random);
+    if (draw(c, kept, random, &chosen) < 0) return -1;
     const double surprise = bits - (double)chosen.logit / M_LN2;
     *s->mirostat_mu -= (double)s->mirostat_eta * (surprise - (double)s->mirostat_tau);
     return chosen.id;
@@ -242,26 +286,27 @@ int sampler_pick(const float *logits, size_t n, const llama_sampling *s, const i
     struct candidate *c = candidates(logits, n);
     if (!c) return -1;
     for (size_t i = 0; i < s->n_bias; i++) c[s->bias_tokens[i]].logit += s->bias_values[i];
-    int rc = penalise(c, n, s, seen, n_seen, n_said);
-    const int64_t best = rc ? -1 : largest(c, n);
+    const int failed = penalise(c, n, s, seen, n_seen, n_said);
+    const int64_t best = failed ? -1 : largest(c, n);
     if (best < 0) return free(c), -1;
     if (s->temperature > 0) {
         const float top = c[best].logit;
         for (size_t i = 0; i < n; i++) c[i].logit = (c[i].logit - top) / s->temperature;
     }
-    if (s->temperature == 0) {
-        *token = (int32_t)best;
-    } else if (s->mirostat_tau > 0) {
-        *token = mirostat(c, n, s, random);
-    } else {
-        int64_t kept = (int64_t)filter(c, n, s);
-        struct candidate *first = c + n - (size_t)kept;
+    int64_t chosen = best;
+    if (s->mirostat_tau > 0 && s->temperature > 0) {
+        chosen = mirostat(c, n, s, random);
+    } else if (s->temperature > 0) {
+        size_t end;
+        int64_t kept = (int64_t)filter(c, n, s, &end);
+        struct candidate *first = c + end - (size_t)kept, drawn;
         if (s->typical_p < 1) kept = typical(first, (size_t)kept, (double)s->typical_p);
-        rc = kept < 0 ? -1 : 0;
-        if (!rc) *token = draw(first, (size_t)kept, random).id;
+        chosen = kept < 0 ? -1 : draw(first, (size_t)kept, random, &drawn);
     }
     free(c);
-    return rc;
+    if (chosen < 0) return -1;
+    *token = (int32_t)chosen;
+    return 0;
 }
 
 int sampler_logprobs(const float *logits, size_t vocab_size, int32_t token, double *logprob,
