@@ -147,7 +147,7 @@ static size_t faint_last(struct candidate *c, size_t n) {
     return likely;
 }
 
-/* What candidates weigh: within what the N_FAINT at FAINT can, who are weighed only if it matters. */
+/* What candidates weigh: within what the N_FAINT at FAINT can, who are weighed if it matters. */
 struct mass {
     double least, most;
     const struct candidate *faint;
