@@ -112,9 +112,9 @@ static void test_encoder(uint32_t kind, float size) {
         kind_encode(k, x, block);
         kind_decode(k, block, y);
         for (size_t r = 0; r < TILE_ROWS; r++) {
-            double most = 0;
+            float most = 0;
             for (size_t c = 0; c < GROUP; c++)
-                most = fmax(most, fabs(x[r * GROUP + c]));
+                most = fmaxf(most, fabsf(x[r * GROUP + c]));
             for (size_t c = 0; c < GROUP; c++) {
                 double off = fabs((double)x[r * GROUP + c] - y[r * GROUP + c]);
                 worst = fmax(worst, (off - step) / (most + 1e-30));
