@@ -35,7 +35,8 @@ static int write_logits(llama_model *model, char **args, size_t n) {
     const llama_session_options options = {.isa = args[0], .threads = 2, .kv_kind = atoi(args[1]),
                                            .activations = atoi(args[2])};
     for (size_t i = 0; i < n; i++) tokens[i] = atoi(args[3 + i]);
-    if (llama_get_config(model, &config) || llama_session_open(model, &options, &session)) return -1;
+    if (llama_get_config(model, &config)) return -1;
+    if (llama_session_open(model, &options, &session)) return -1;
     float *logits = malloc(n * config.vocab_size * sizeof *logits);
     int rc = logits ? run(session, tokens, 0, n - SINGLY, logits) : -1;
     for (size_t i = n - SINGLY; i < n && !rc; i++)

@@ -138,9 +138,10 @@ PROBE(dot_256, "ymm", TWELVE(DOT_VEX, "ymm"))
 PROBE(pairs_512, "zmm", SIX(PAIRS, "zmm"))
 PROBE(pairs_256, "ymm", SIX(PAIRS, "ymm"))
 #elif defined(__aarch64__)
-/* 24 independent sums hide a latency of 4 cycles at up to six instructions a cycle. Without sdot
- * two products, which 16 bits hold, are added to a sum of 32 bits, one kind of instruction at a time
- * for CPUs that keep their order. */
+/* 24 independent sums hide a latency of 4 cycles at up to six instructions a cycle. Without sdot,
+ * pairs of products, which 16 bits hold, are added to sums of 32 bits, one kind of instruction
+ * after the other for CPUs that keep their order. sdot stands as a number, since assemblers differ
+ * in how they are told to allow it. */
 #define TWELVE(op)                                                                                 \
     op(0, 12) op(1, 13) op(2, 14) op(3, 15) op(4, 16) op(5, 17) op(6, 18) op(7, 19) op(8, 20)      \
     op(9, 21) op(10, 22) op(11, 23)
@@ -148,8 +149,9 @@ PROBE(pairs_256, "ymm", SIX(PAIRS, "ymm"))
 #define FMLA(sum, other)                                                                           \
     "fmla v" #sum ".4s, v24.4s, v25.4s\n"                                                          \
     "fmla v" #other ".4s, v24.4s, v25.4s\n"
-#define SDOT(sum, other) /* v, v24.16b, v25.16b: assemblers differ in how they are told of it */    \
-    ".inst 0x4e999700 + " #sum "\n.inst 0x4e999700 + " #other "\n"
+#define SDOT(sum, other) /* v.4s, v24.16b, v25.16b */                                              \
+    ".inst 0x4e999700 + " #sum "\n"                                                                \
+    ".inst 0x4e999700 + " #other "\n"
 #define SMULL(sum, room) "smull v" #room ".8h, v24.8b, v25.8b\n"
 #define SMLAL(sum, room) "smlal2 v" #room ".8h, v24.16b, v25.16b\n"
 #define SADALP(sum, room) "sadalp v" #sum ".4s, v" #room ".8h\n"

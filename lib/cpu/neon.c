@@ -11,8 +11,8 @@
 #include <math.h>
 #include <string.h>
 
-/* Register blocks, of 32 registers: 1 strip by 5 tokens of floats, 20 sums that 9 loads feed (with 6
- * tokens gcc keeps two of its sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
+/* Register blocks, of 32 registers: 1 strip by 5 tokens of floats, 20 sums that 9 loads feed (of 6
+ * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
 #include "blocks.h"
 
@@ -381,10 +381,10 @@ INLINE void weigh_page(struct softmax *state, int h, size_t n, const uint8_t *v,
     UNROLL for (int i = 0; i < QUARTERS; i++) {
         valid[i] = vcltq_u32(vaddq_u32(vld1q_u32(lane), vdupq_n_u32(4 * i)),
                              vdupq_n_u32((uint32_t)n));
-        const float32x4_t s = vbslq_f32(valid[i], vld1q_f32(state->w[h] + 4 * i), most);
-        most = vmaxnmq_f32(most, s); // beside a number, a NaN does not count
+        const float32x4_t s = vld1q_f32(state->w[h] + 4 * i);
+        most = vmaxq_f32(most, vbslq_f32(valid[i], s, most)); // one NaN and all is NaN
     }
-    const float m = state->m[h] = vmaxnmvq_f32(most);
+    const float m = state->m[h] = vmaxvq_f32(most);
     const float32x4_t scale = exp4(broadcast(before - m)); // 0 while before is -infinity
     state->scale[h] = vgetq_lane_f32(scale, 0);
     for (int i = 0; i < 4; i++)
