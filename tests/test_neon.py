@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,21 +42,21 @@ def built() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def on_each_cpu(program: str, *args: str | Path | int) -> Iterator[tuple[str, bytes]]:
+def on_each_cpu(program: str, *args: str | Path | int) -> dict[str, bytes]:
     """The best kernels of each CPU, and what PROGRAM prints there; "ISA" in ARGS is their name."""
     running = {}
     for isa, cpu in CPUS.items():
         command = [EMULATOR, "-cpu", cpu, "-L", LIBC, BUILD / program,
                    *(isa if arg == "ISA" else str(arg) for arg in args)]  # fmt: skip
         running[isa] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wrote = {isa: process.communicate()[0] for isa, process in running.items()}
     for isa, process in running.items():
-        wrote = process.communicate()[0]
-        assert process.returncode == 0, wrote[-4000:]
-        yield isa, wrote
+        assert process.returncode == 0, (isa, wrote[isa][-4000:])
+    return wrote
 
 
 def test_every_kernel_is_scalar_to_the_last_bit() -> None:
-    for isa, wrote in on_each_cpu("kernels", "--quick"):
+    for isa, wrote in on_each_cpu("kernels", "--quick").items():
         lines = wrote.decode().splitlines()
         assert lines[0] == ("neondot, neon, scalar" if isa == "neondot" else "neon, scalar")
         found = re.fullmatch(r"(\d+) passed, 0 failed", lines[-1])
@@ -72,8 +71,9 @@ def test_logits_are_those_of_this_machine(tmp_path: Path, stories: Path, kind: K
         with Engine(path, kv=kv.label, activations=bits) as engine:
             here = engine.forward(TOKENS, [0] * n, range(n), [True] * n)
         assert here is not None
-        for isa, wrote in on_each_cpu("computed", "logits", path, "ISA", int(kv), bits, *TOKENS):
-            there = np.frombuffer(wrote, np.float32).reshape(here.shape)
+        wrote = on_each_cpu("computed", "logits", path, "ISA", int(kv), bits, *TOKENS)
+        for isa in wrote:
+            there = np.frombuffer(wrote[isa], np.float32).reshape(here.shape)
             assert np.array_equal(there, here), (isa, kv, bits)
 
 
@@ -87,5 +87,5 @@ def test_blocks_are_those_of_this_machine(stories: Path, kind: Kind) -> None:
             for i, tensor in enumerate(model.tensors)
             if len(tensor.shape) == 2 and not (kind.rotated and tensor.shape[1] % GROUP)
         )  # fmt: skip
-    for isa, there in on_each_cpu("computed", "blocks", stories, int(kind), size):
+    for isa, there in on_each_cpu("computed", "blocks", stories, int(kind), size).items():
         assert there == here, isa
