@@ -6,6 +6,7 @@
  * other machines. */
 #if defined(__aarch64__)
 #include "exp.h"
+#include "kernels.h"
 #include <arm_neon.h>
 #include <float.h>
 #include <math.h>
@@ -14,6 +15,14 @@
 /* Register blocks, of 32 registers: 1 strip by 5 tokens of floats, 20 sums that 9 loads feed (of 6
  * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
+
+/* What a query carries from page to page. */
+struct softmax {
+    float m;                 // the largest score so far
+    float32x4_t lanes[4];    // sums of weights
+    float scale;             // what this page does to earlier sums
+    float w[PAGE_POSITIONS]; // scores, then weights
+};
 #include "blocks.h"
 
 INLINE float32x4_t f16_to_four(uint16x4_t bits) {
@@ -106,6 +115,9 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? vld1q_f32(quarter_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t c = at->from; c < at->to; c++) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(w + s * m->strip_bytes + at->ahead + c * TILE_ROWS * element_bytes(kind), 1);
         UNROLL for (int h = 0; h < H; h++)
             column[h] = load4(w + h / 4 * m->strip_bytes, c * TILE_ROWS + h % 4 * 4, kind);
         UNROLL for (int t = 0; t < T; t++) {
@@ -177,6 +189,9 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? vld1q_f32(quarter_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
+        if (at->ahead)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch(block + s * m->strip_bytes + at->ahead, bytes);
         UNROLL for (int h = 0; h < H; h++) {
             const int32x4_t shift = kind == Q4 ? shifts(block + h / 4 * m->strip_bytes, h % 4)
                                                : vdupq_n_s32(0);
@@ -339,115 +354,100 @@ static void to_f16(uint16_t *out, const float *x, size_t n) {
 
 // ---- attention
 
-enum { MOST_QUERIES = 4, QUARTERS = PAGE_POSITIONS / 4 }; // a quarter is 4 positions of a tile
+enum { QUARTERS = PAGE_POSITIONS / 4 }; // a quarter is 4 positions of a tile of 16
 
-/* What is carried from page to page, for up to MOST_QUERIES queries. */
-struct softmax {
-    float m[MOST_QUERIES];              // the largest score so far
-    float32x4_t lanes[MOST_QUERIES][4]; // sums of weights
-    float scale[MOST_QUERIES];          // what this page does to earlier sums
-    float w[MOST_QUERIES][PAGE_POSITIONS]; // scores, then weights
-};
+INLINE void begin(struct softmax *state) {
+    state->m = -INFINITY;
+    for (int i = 0; i < 4; i++) state->lanes[i] = broadcast(0);
+}
 
-INLINE void score_page(struct softmax *state, const float *q, const uint8_t *k, size_t head_dim,
-                       enum store kind, const int Q) {
+INLINE void score_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
     for (size_t j = 0; j < PAGE_POSITIONS; j += 16) {
         float32x4_t s[MOST_QUERIES * 4], tile[4];
         UNROLL for (int i = 0; i < Q * 4; i++)
             s[i] = broadcast(0);
-        for (size_t i = 0; i < head_dim; i++) {
+        for (size_t i = 0; i < p->head_dim; i++) {
+            const size_t at = j * p->head_dim + i * 16;
+            fetch(p->next_k + at * element_bytes(kind), 16 * element_bytes(kind));
             UNROLL for (int d = 0; d < 4; d++)
-                tile[d] = load4(k, j * head_dim + i * 16 + 4 * d, kind);
+                tile[d] = load4(p->k, at + 4 * d, kind);
             UNROLL for (int h = 0; h < Q; h++)
                 UNROLL for (int d = 0; d < 4; d++)
-                    s[4 * h + d] = vfmaq_n_f32(s[4 * h + d], tile[d], q[h * head_dim + i]);
+                    s[4 * h + d] = vfmaq_n_f32(s[4 * h + d], tile[d], of[h].q[i]);
         }
         UNROLL for (int i = 0; i < Q * 4; i++) {
             if (kind == Q8)
-                s[i] = vmulq_f32(s[i], load4(scales_of(k, head_dim), j + i % 4 * 4, F32));
-            vst1q_f32(state->w[i / 4] + j + i % 4 * 4, s[i]);
+                s[i] = vmulq_f32(s[i], load4(scales_of(p->k, p->head_dim), j + i % 4 * 4, F32));
+            vst1q_f32(of[i / 4].state.w + j + i % 4 * 4, s[i]);
         }
     }
 }
 
-/* Turns the scores of query H on a page's first N positions into weights, zero beyond; in q8
- * times the scales of the values V. */
-INLINE void weigh_page(struct softmax *state, int h, size_t n, const uint8_t *v, size_t head_dim,
-                       enum store kind) {
+/* A page's scores turned into weights, zero from N on; in q8 times the values' scales. */
+INLINE void weigh(struct softmax *state, const struct head_page *p, enum store kind) {
     static const uint32_t lane[4] = {0, 1, 2, 3};
-    const float before = state->m[h];
+    const float before = state->m;
     float32x4_t most = broadcast(before);
     uint32x4_t valid[QUARTERS];
     UNROLL for (int i = 0; i < QUARTERS; i++) {
         valid[i] = vcltq_u32(vaddq_u32(vld1q_u32(lane), vdupq_n_u32(4 * i)),
-                             vdupq_n_u32((uint32_t)n));
-        const float32x4_t s = vld1q_f32(state->w[h] + 4 * i);
+                             vdupq_n_u32((uint32_t)p->n));
+        const float32x4_t s = vld1q_f32(state->w + 4 * i);
         most = vmaxq_f32(most, vbslq_f32(valid[i], s, most)); // one NaN and all is NaN
     }
-    const float m = state->m[h] = vmaxvq_f32(most);
-    const float32x4_t scale = exp4(broadcast(before - m)); // 0 while before is -infinity
-    state->scale[h] = vgetq_lane_f32(scale, 0);
+    state->m = vmaxvq_f32(most);
+    const float32x4_t m = broadcast(state->m);
+    const float32x4_t scale = exp4(vsubq_f32(broadcast(before), m)); // 0 while before is -infinity
+    state->scale = vgetq_lane_f32(scale, 0);
     for (int i = 0; i < 4; i++)
-        state->lanes[h][i] = vmulq_f32(state->lanes[h][i], scale);
+        state->lanes[i] = vmulq_f32(state->lanes[i], scale);
     for (int i = 0; i < QUARTERS; i++) {
-        float32x4_t w = exp4(vsubq_f32(vld1q_f32(state->w[h] + 4 * i), broadcast(m)));
+        float32x4_t w = exp4(vsubq_f32(vld1q_f32(state->w + 4 * i), m));
         w = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(w), valid[i]));
-        state->lanes[h][i % 4] = vaddq_f32(state->lanes[h][i % 4], w);
-        if (kind == Q8) w = vmulq_f32(w, load4(scales_of(v, head_dim), 4 * i, F32));
-        vst1q_f32(state->w[h] + 4 * i, w);
+        state->lanes[i % 4] = vaddq_f32(state->lanes[i % 4], w);
+        if (kind == Q8) w = vmulq_f32(w, load4(scales_of(p->v, p->head_dim), 4 * i, F32));
+        vst1q_f32(state->w + 4 * i, w);
     }
 }
 
 /* Adds the page's values to dimensions [i, i + 4 D) of each query's sum; SOME: how many of the
  * last 4 there are. */
-INLINE void add_values(const struct softmax *state, float *out, const uint8_t *v, size_t i,
-                       size_t n, size_t head_dim, size_t some, enum store kind, const int Q,
-                       const int D) {
+INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
+                       enum store kind, const int Q, const int D) {
     float32x4_t acc[MOST_QUERIES * 4], value[4];
     UNROLL for (int j = 0; j < Q * D; j++) {
-        acc[j] = load_some(out, j / D * head_dim + i + j % D * 4, F32, some);
-        acc[j] = vmulq_n_f32(acc[j], state->scale[j / D]);
+        acc[j] = load_some(of[j / D].out, i + j % D * 4, F32, some);
+        acc[j] = vmulq_n_f32(acc[j], of[j / D].state.scale);
     }
-    for (size_t p = 0; p < n; p++) {
+    for (size_t n = 0; n < p->n; n++) {
+        const size_t at = n * p->head_dim + i;
+        fetch(p->next_v + at * element_bytes(kind), 4 * D * element_bytes(kind));
         UNROLL for (int d = 0; d < D; d++)
-            value[d] = load_some(v, p * head_dim + i + d * 4, kind, some);
+            value[d] = load_some(p->v, at + d * 4, kind, some);
         UNROLL for (int h = 0; h < Q; h++)
             UNROLL for (int d = 0; d < D; d++)
-                acc[h * D + d] = vfmaq_n_f32(acc[h * D + d], value[d], state->w[h][p]);
+                acc[h * D + d] = vfmaq_n_f32(acc[h * D + d], value[d], of[h].state.w[n]);
     }
     UNROLL for (int j = 0; j < Q * D; j++)
-        store_some(out + j / D * head_dim + i + j % D * 4, acc[j], some);
+        store_some(of[j / D].out + i + j % D * 4, acc[j], some);
 }
 
-INLINE void attend_queries(const struct attention *a, size_t query, enum store kind, const int Q) {
-    const size_t head_dim = a->head_dim;
-    const float *q = a->q + query * head_dim;
-    float *out = a->out + query * head_dim;
-    struct softmax state;
-    for (int h = 0; h < Q; h++) {
-        state.m[h] = -INFINITY;
-        for (int i = 0; i < 4; i++) state.lanes[h][i] = broadcast(0);
-    }
-    memset(out, 0, Q * head_dim * sizeof *out);
-    for (size_t p = 0; p < a->n_positions; p += PAGE_POSITIONS) {
-        const uint8_t *page = a->pages[p / PAGE_POSITIONS], *v = page + a->v_offset;
-        size_t n = left(a->n_positions, p), i = 0;
-        n = n < PAGE_POSITIONS ? n : PAGE_POSITIONS;
-        score_page(&state, q, page + a->k_offset, head_dim, kind, Q);
-        for (int h = 0; h < Q; h++)
-            weigh_page(&state, h, n, v, head_dim, kind);
-        for (; head_dim - i >= 16; i += 16)
-            add_values(&state, out, v, i, n, head_dim, 4, kind, Q, 4);
-        for (; i < head_dim; i += 4)
-            add_values(&state, out, v, i, n, head_dim, left(head_dim, i), kind, Q, 1);
-    }
-    for (int h = 0; h < Q; h++) {
-        const float32x4_t sum = broadcast(add_lanes(state.lanes[h]));
-        for (size_t i = 0; i < head_dim; i += 4) {
-            float *at = out + h * head_dim + i;
-            const float32x4_t value = load_some(at, 0, F32, left(head_dim, i));
-            store_some(at, vdivq_f32(value, sum), left(head_dim, i));
-        }
+INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    size_t i = 0;
+    score_page(p, of, kind, Q);
+    for (int h = 0; h < Q; h++)
+        weigh(&of[h].state, p, kind);
+    for (; p->head_dim - i >= 16; i += 16)
+        add_values(p, of, i, 4, kind, Q, 4);
+    for (; i < p->head_dim; i += 4)
+        add_values(p, of, i, left(p->head_dim, i), kind, Q, 1);
+}
+
+INLINE void finish(struct query *of, size_t head_dim) {
+    const float32x4_t sum = broadcast(add_lanes(of->state.lanes));
+    for (size_t i = 0; i < head_dim; i += 4) {
+        const float32x4_t value = load_some(of->out, i, F32, left(head_dim, i));
+        store_some(of->out + i, vdivq_f32(value, sum), left(head_dim, i));
     }
 }
 
