@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long tokenizers bench
+.PHONY: run test test-long tokenizers arm64 bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -21,6 +21,10 @@ tokenizers: .venv/requirements-dev build/built
 # the passkey at lengths that take minutes
 test-long: .venv/requirements-dev build/built
 	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py
+
+# the suite's share of arm64 alone; says what it lacks, where it lacks a cross compiler or qemu
+arm64: .venv/requirements-dev build/built
+	$(IN) python3 -m pytest -rs tests/test_neon.py
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench

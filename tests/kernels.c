@@ -5,6 +5,7 @@
  * too far stops the program; gaps inside buffers hold NaN. Any NaN equals any other.
  *
  *     kernels                  run all; the last line is "N passed, M failed"
+ *     kernels --quick          fewer numbers and smaller matrices, for emulators
  *     kernels --bench [ISA]    time each entry instead (kernels_bench.c) */
 #define _DEFAULT_SOURCE
 #include "kernels_check.h"
@@ -18,6 +19,7 @@
 
 const struct kernels *sets[8];
 size_t n_sets;
+int quick;
 static size_t passed, failed;
 
 void check(int good, const char *format, ...) {
@@ -231,12 +233,13 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
 static void test_matmuls(void) {
     static const size_t columns[] = {1, 31, 32, 33, 100, 576, 2081, 4600},
                         strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
+    const size_t most = quick ? 30000 : 300000; // scalar.c takes its time
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
         if (!kind_find(kind)) continue;
         for (size_t s = 0; s < 5; s++)
             for (size_t c = 0; c < 8; c++)
                 for (size_t n = 0; n < 8; n++)
-                    if (strips[s] * columns[c] * tokens[n] < 300000) // scalar.c takes its time
+                    if (strips[s] * columns[c] * tokens[n] < most)
                         test_matmul(kind, strips[s], columns[c], tokens[n], PLAIN);
         for (int scene = LOW; scene < N_SCENES; scene++)
             for (size_t n = 0; n < 8; n++)
@@ -272,6 +275,7 @@ int main(int argc, char **argv) {
         kernels_bench(argc > 2 ? argv[2] : NULL);
         return 0;
     }
+    quick = argc >= 2 && strcmp(argv[1], "--quick") == 0;
     for (size_t i = 0; i < n_sets; i++)
         printf("%s%s", sets[i]->isa, i + 1 < n_sets ? ", " : "\n");
     run("numbers", test_numbers);

@@ -10,7 +10,11 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 enum store { F32, F16, BF16, Q8, Q4 };
 

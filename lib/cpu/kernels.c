@@ -11,7 +11,8 @@ enum {
     HAS_AVX2 = 1,        // AVX2, FMA, F16C, and the system saves the ymm registers
     HAS_AVX_VNNI = 2,    // vpdpbusd on ymm, VEX encoded
     HAS_AVX512 = 4,      // F, CD, BW, DQ, VL, and the system saves the zmm registers
-    HAS_AVX512_VNNI = 8  // vpdpbusd on zmm
+    HAS_AVX512_VNNI = 8, // vpdpbusd on zmm
+    HAS_DOTPROD = 16     // arm64's sdot; NEON itself is in every arm64 CPU
 };
 
 #if defined(__x86_64__)
@@ -41,6 +42,21 @@ static unsigned cpu_features(void) {
         features |= HAS_AVX_VNNI;
     return features;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+static unsigned cpu_features(void) {
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? HAS_DOTPROD : 0;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static unsigned cpu_features(void) {
+    int there = 0;
+    size_t size = sizeof there;
+    if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &there, &size, NULL, 0)) return 0;
+    return there ? HAS_DOTPROD : 0;
+}
 #else
 static unsigned cpu_features(void) {
     return 0;
@@ -56,6 +72,9 @@ static const struct {
     {HAS_AVX2 | HAS_AVX512, kernels_avx512},
     {HAS_AVX2 | HAS_AVX_VNNI, kernels_avxvnni},
     {HAS_AVX2, kernels_avx2},
+#elif defined(__aarch64__)
+    {HAS_DOTPROD, kernels_neondot},
+    {0, kernels_neon},
 #endif
     {0, kernels_scalar},
 };

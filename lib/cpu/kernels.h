@@ -125,4 +125,6 @@ void kernels_avxvnni(struct kernels *k);
 void kernels_avx512(struct kernels *k);
 void kernels_avx512vnni(struct kernels *k);
 void kernels_evexvnni(struct kernels *k); // avxvnni in AVX-512's encoding: for tests only
+void kernels_neon(struct kernels *k);
+void kernels_neondot(struct kernels *k);
 #endif

@@ -137,6 +137,43 @@ PROBE(dot_512, "zmm", TWELVE(DOT, "zmm"))
 PROBE(dot_256, "ymm", TWELVE(DOT_VEX, "ymm"))
 PROBE(pairs_512, "zmm", SIX(PAIRS, "zmm"))
 PROBE(pairs_256, "ymm", SIX(PAIRS, "ymm"))
+#elif defined(__aarch64__)
+/* 24 independent sums hide a latency of 4 cycles at up to six instructions a cycle. Without sdot,
+ * pairs of products, which 16 bits hold, are added to sums of 32 bits, one kind of instruction
+ * after the other for CPUs that keep their order. sdot stands as a number, since assemblers differ
+ * in how they are told to allow it. */
+#define TWELVE(op)                                                                                 \
+    op(0, 12) op(1, 13) op(2, 14) op(3, 15) op(4, 16) op(5, 17) op(6, 18) op(7, 19) op(8, 20)      \
+    op(9, 21) op(10, 22) op(11, 23)
+#define ZERO(sum, room) "movi v" #sum ".4s, #0\nmovi v" #room ".4s, #0\n"
+#define FMLA(sum, other)                                                                           \
+    "fmla v" #sum ".4s, v24.4s, v25.4s\n"                                                          \
+    "fmla v" #other ".4s, v24.4s, v25.4s\n"
+#define SDOT(sum, other) /* v.4s, v24.16b, v25.16b */                                              \
+    ".inst 0x4e999700 + " #sum "\n"                                                                \
+    ".inst 0x4e999700 + " #other "\n"
+#define SMULL(sum, room) "smull v" #room ".8h, v24.8b, v25.8b\n"
+#define SMLAL(sum, room) "smlal2 v" #room ".8h, v24.16b, v25.16b\n"
+#define SADALP(sum, room) "sadalp v" #sum ".4s, v" #room ".8h\n"
+#define PROBE(name, instructions)                                                                  \
+    static void name(void *context, size_t first, size_t last) {                                   \
+        const float *seed = context;                                                               \
+        size_t n = (last - first) * ROUNDS;                                                        \
+        if (!n) return;                                                                            \
+        __asm__ volatile(TWELVE(ZERO)                                                              \
+                         "ld1r {v24.4s}, [%1]\n"                                                   \
+                         "ld1r {v25.4s}, [%2]\n"                                                   \
+                         "1:\n" instructions "subs %0, %0, #1\n"                                   \
+                         "b.ne 1b\n"                                                               \
+                         : "+r"(n)                                                                 \
+                         : "r"(seed), "r"(seed + 1)                                                \
+                         : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8",   \
+                           "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18",    \
+                           "v19", "v20", "v21", "v22", "v23", "v24", "v25");                       \
+    }
+PROBE(fmla, TWELVE(FMLA))
+PROBE(sdot, TWELVE(SDOT))
+PROBE(smlal, TWELVE(SMULL) TWELVE(SMLAL) TWELVE(SADALP))
 #endif
 
 /* What a kernel set's best instructions are, and the multiply-adds of one round of each probe. */
@@ -150,6 +187,9 @@ static const struct {
     {"avx512", fma_512, pairs_512, 12 * 16, 6 * 64},
     {"avxvnni", fma_256, dot_256, 12 * 8, 12 * 32},
     {"avx2", fma_256, pairs_256, 12 * 8, 6 * 32},
+#elif defined(__aarch64__)
+    {"neondot", fmla, sdot, 24 * 4, 24 * 16},
+    {"neon", fmla, smlal, 24 * 4, 12 * 16},
 #endif
     {"scalar", plain_f32, plain_int8, PLAIN, PLAIN},
 };
