@@ -57,7 +57,7 @@ def _tensor(file: Mapped, start: int, name: str, entry: Any) -> Tensor:
     if begin > end:
         raise LlamaError(f"{where}: its data ends before it begins")
     file.check(start + begin, end - begin, f"tensor {name[:80]}")
-    if dtype not in KINDS:
+    if not isinstance(dtype, str) or dtype not in KINDS:
         return Unreadable(str(dtype)[:20], tuple(shape), name)
     kind = KINDS[dtype]
     expected = math.prod(shape) * STORED[kind].itemsize

@@ -7,6 +7,8 @@ process that dies. `trial` is the same without atheris, for the tests of the cor
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
 import sys
@@ -41,8 +43,6 @@ def trial(target: str) -> Callable[[bytes], None]:
     def leave() -> None:
         if os.getpid() == parent:
             shutil.rmtree(folder, ignore_errors=True)
-
-    import atexit
 
     atexit.register(leave)
     work = {"gguf": _source, "llama2c": _source, "pth": _source, "safetensors": _source,
@@ -142,9 +142,12 @@ def _tokenizer(target: str, folder: Path) -> Callable[[bytes], None]:
 
 
 def _template(target: str, folder: Path) -> Callable[[bytes], None]:
-    """A chat template out of a file, over a few dialogs."""
+    """A chat template out of a file, over a few dialogs. It runs in a process of its own, which
+    gives no coverage; parsing it here does."""
+    import jinja2
     from fake_engine import byte_tokenizer
 
+    from llama import sandbox
     from llama.templates import ChatTemplate
     from llama.tokenizer import open_tokenizer
 
@@ -152,8 +155,13 @@ def _template(target: str, folder: Path) -> Callable[[bytes], None]:
     dialogs = [[("user", "a <|im_end|> b")], [("system", "s"), ("user", "a")],
                [("user", "a"), ("assistant", ""), ("user", "{{ 1 }}")]]  # fmt: skip
 
+    sandbox.SECONDS = 2.0
+    parser = jinja2.Environment()
+
     def run(data: bytes) -> None:
         meta = {"template.jinja": data.decode("utf-8", "replace")}
+        with contextlib.suppress(jinja2.TemplateError, RecursionError):
+            parser.parse(meta["template.jinja"])
         template = ChatTemplate(tokenizer, meta)
         for dialog in dialogs:
             ids = template.encode([{"role": role, "content": text} for role, text in dialog])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def _samplers() -> list[bytes]:
 
 
 def _ggufs() -> list[bytes]:
-    return [small_sources.gguf(),
-            small_sources.gguf(replace(SHAPE, dim=32, hidden_dim=32, head_dim=16), True)]  # fmt: skip
+    groups = replace(SHAPE, dim=32, hidden_dim=32, head_dim=16)
+    return [small_sources.gguf(), small_sources.gguf(groups, True)]
 
 
 def _safetensors() -> list[bytes]:
@@ -84,6 +85,8 @@ def _configs() -> list[bytes]:
 
 
 def _tokenizers() -> list[bytes]:
-    ranks = b"".join(b"%s %d\n" % (word, i) for i, word in enumerate([b"YQ==", b"Yg==", b"YWI="]))
-    return [b"\0" + small_sources.sentencepiece(), b"\0" + small_sources.llama2c_tokenizer(),
-            b"\1" + small_sources.tokenizer_json(), b"\2" + ranks, b"\1" + byte_tokenizer()[:3000]]  # fmt: skip
+    words = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc"]
+    ranks = b"".join(b"%s %d\n" % (b64encode(word), i) for i, word in enumerate(words))
+    blobs = [small_sources.sentencepiece(), small_sources.llama2c_tokenizer(),
+             small_sources.tokenizer_json(), ranks, byte_tokenizer()]  # fmt: skip
+    return [bytes([kind]) + blob for kind, blob in zip((0, 0, 1, 2, 1), blobs, strict=True)]
