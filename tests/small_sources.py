@@ -182,7 +182,7 @@ def pickled(tensors: Mapping[str, np.ndarray]) -> bytes:
         strides = tuple(n // values.itemsize for n in values.strides)
         out += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(("
         out += text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu")
-        out += b"J" + struct.pack("<i", values.size) + b"tQK\x00" + numbers(values.shape)
+        out += b"J" + struct.pack("<i", values.size % 2**31) + b"tQK\x00" + numbers(values.shape)
         out += numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
     return out + b"u."
 

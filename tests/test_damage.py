@@ -24,6 +24,9 @@ import numpy as np
 import pytest
 import small_sources
 
+from llama.checkpoints import gguf_container, safetensors_file, torch_file
+from llama.errors import LlamaError
+
 FORMS = ("gguf", "llama2c", "safetensors", "pth", "bin")
 SECONDS, MEGABYTES = 1.0, 100
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +105,9 @@ def headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
             )
         yield f"no {name}", made(json.dumps({n: e for n, e in header.items() if n != name}))
         yield f"two {name}", made(json.dumps(header)[:-1] + f", {json.dumps(name)}: {{}}}}")
+    empty = {name: header[name] | {"shape": [10, 0], "data_offsets": [0, 0]}
+             for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+    yield "empty", made(json.dumps(header | empty))
     yield "nested", made("[" * 100_000)
     yield "no object", made("7")
 
@@ -112,8 +118,6 @@ def headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
 def child(form: str, part: int, folder: Path) -> None:
     """Tries every second file of FORM and prints what a file did that none may do, then how many
     there were, how many were accepted, the longest and the memory."""
-    from llama.errors import LlamaError
-
     faulthandler.dump_traceback_later(300, exit=True)  # of what hangs
     use = open_bin if form == "bin" else export
     if form == "bin":
@@ -184,6 +188,85 @@ def test_damage(form: str, tmp_path: Path) -> None:
         tried, accepted, longest, grown = json.loads(last)
         assert tried > 50 and accepted < tried, last
         assert longest < SECONDS and grown < MEGABYTES, last
+
+
+def test_tensors_share_no_bytes(tmp_path: Path) -> None:
+    """Else a small file could ask for any amount of work: each of its bytes, in each tensor."""
+    whole = small_sources.hf_weights()
+    (size,) = struct.unpack_from("<Q", whole, 0)
+    header = json.loads(whole[8 : 8 + size])
+    up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    header[up]["data_offsets"] = header[gate]["data_offsets"]
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
+    with pytest.raises(LlamaError, match=r"mlp.gate_proj.weight and .*mlp.up_proj.weight overlap"):
+        safetensors_file.read(path)
+    whole = small_sources.gguf()
+    *_, (at, _), _ = (field for field in small_sources.fields("gguf", whole) if field[1] != 4)
+    (tmp_path / "a.gguf").write_bytes(whole[:at] + bytes(8) + whole[at + 8 :])
+    with pytest.raises(LlamaError, match="overlap"):
+        gguf_container.Container(tmp_path / "a.gguf")
+    wide = {"w": np.broadcast_to(np.float32(1), (1 << 20, 1 << 20))}
+    pkl = small_sources.pickled(wide).replace(
+        b"J" + struct.pack("<i", 0) + b"tQ", b"J" + struct.pack("<i", 1) + b"tQ"
+    )
+    (tmp_path / "a.pth").write_bytes(small_sources.zipped(pkl, {"w": np.ones(1, "<f4")}))
+    with pytest.raises(LlamaError, match="more numbers than the file has bytes"):
+        torch_file.read(tmp_path / "a.pth")
+
+
+# --- settings
+
+VALUES = [10**400, 1e300, 1e39, 1e-46, 1e-300, -1, 0, 2**24 + 1, 2**63, float("nan"), float("inf"),
+          True, "", "\ud800", [], [None], [10**400], {}, {"1": 1}, {"-1": {"content": "a"}},
+          {"9": {"content": "\ud800"}}, [{"name": "default", "template": 3}]]  # fmt: skip
+ROPES = {"rope_type": "", "type": "", "factor": 2.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
+         "beta_slow": 1.0, "attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+         "truncate": True, "rope_theta": 1e4, "partial_rotary_factor": 1.0}  # fmt: skip
+TEXTS = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True, "add_eos_token": False,
+         "legacy": False, "tokenizer_class": "LlamaTokenizer", "chat_template": "x",
+         "added_tokens_decoder": {"1": {"content": "<s>", "special": True}}}  # fmt: skip
+SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 8, "high_freq_factor": 4}
+META = {**SCALED, "multiple_of": 2, "ffn_dim_multiplier": 1, "max_seq_len": 8, "head_dim": 4}
+
+
+def settings() -> Iterator[tuple[str, str, dict[str, object]]]:
+    """(form, file, its settings), one of them odd."""
+    config = json.loads(small_sources.hf_config())
+    params = json.loads(small_sources.meta_params())
+    for value in VALUES:
+        for key in [*config, "sliding_window", "id2label", "num_labels", "attention_bias"]:
+            yield "safetensors", "config.json", config | {key: value}
+        for kind in ("yarn", "llama3", "linear", "dynamic"):
+            for key in ROPES:
+                rope = ROPES | {"rope_type": kind, key: value}
+                yield "safetensors", "config.json", config | {"rope_scaling": rope}
+        for key in [*params, *META]:
+            yield "pth", "params.json", params | (META if key in META else {}) | {key: value}
+        for key in TEXTS:
+            yield "safetensors", "tokenizer_config.json", TEXTS | {key: value}
+
+
+def test_every_setting_may_be_anything(tmp_path: Path) -> None:
+    sources = small_sources.sources()
+    paths = {form: small_sources.put(tmp_path / form, sources[form])
+             for form in ("safetensors", "pth")}  # fmt: skip
+    (tmp_path / "out").mkdir()
+    accepted = refused = 0
+    for form, name, values in settings():
+        (paths[form] / name).write_text(json.dumps(values))
+        try:
+            export(paths[form], tmp_path)
+            accepted += 1
+        except LlamaError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{name} {values}"[:800]) from error
+        (paths[form] / name).write_bytes(sources[form].get(name, b"{}"))
+    assert accepted > 300 and refused > 800, (accepted, refused)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,16 @@ class Mapped:
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
+def check_apart(path: Path, places: list[tuple[int, int, str]]) -> None:
+    """Raises LlamaError where two tensors, each (begin, end, name), share bytes: what is read of
+    a file is then no more than the file."""
+    end, before = 0, ""
+    for begin, last, name in sorted(place for place in places if place[0] < place[1]):
+        if begin < end:
+            raise LlamaError(f"{path}: {before[:80]} and {name[:80]} overlap")
+        end, before = last, name
+
+
 class Tensor(Protocol):
     """What a source offers for each tensor."""
 

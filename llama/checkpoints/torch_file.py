@@ -259,4 +259,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if not hasattr(value.value, "rows"):
             raise LlamaError(f"{path}: {name[:60]}: expected a tensor, found another object")
         tensors[name] = value.value
+    readable = [each for each in tensors.values() if not isinstance(each, Unreadable)]
+    if sum(math.prod(each.shape) for each in readable) > archive.file.size:  # by strides of 0
+        raise LlamaError(f"{path}: its tensors have more numbers than the file has bytes")
     return tensors
