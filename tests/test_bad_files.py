@@ -101,7 +101,8 @@ def use(path: Path) -> None:
         with Engine(path, threads=1) as engine:
             engine.forward([0, 1], [0, 0], [0, 1], [True, True])
     except LlamaError as error:
-        assert "context" in str(error)  # max_seq_len is 1 by now
+        # max_seq_len is 1 by now, or weights are any bits
+        assert "context" in str(error) or "not finite" in str(error)
 
 
 # --- what is no file, or another's
