@@ -379,6 +379,7 @@ def test_broken_templates_are_one_line(files: dict[str, bytes]) -> None:
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
          "it takes longer than 3 seconds"),
+        ("{{ 9 ** 9 ** 9 }}", "longer than 3 seconds"),
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
         ("{% set x = messages[0].content * 999999999 %}{{ x | length }}{{ x ~ x }}", "memory"),
         ("{% for i in range(9999) %}{{ '%9999d' % i }}{% endfor %}", "it writes too much"),
@@ -398,12 +399,6 @@ def test_a_template_cannot_take_all_time_or_memory(
     assert tokenizer.decode(good.encode(dialog(("user", "the next one works")))) == (
         "the next one works"
     )
-
-
-def test_constants_are_computed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 2.0)  # jinja2 folds them when it reads the template
-    with pytest.raises(sandbox.Refused, match="longer than 2 seconds"):
-        sandbox.check("{{ 9 ** 9 ** 9 }}")
 
 
 # --- forging
