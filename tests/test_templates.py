@@ -379,7 +379,7 @@ def test_broken_templates_are_one_line(files: dict[str, bytes]) -> None:
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
          "it takes longer than 3 seconds"),
-        ("{{ 9 ** 9 ** 9 }}", "longer than 3 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "longer than 3 seconds"),
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
         ("{% set x = messages[0].content * 999999999 %}{{ x | length }}{{ x ~ x }}", "memory"),
         ("{% for i in range(9999) %}{{ '%9999d' % i }}{% endfor %}", "it writes too much"),

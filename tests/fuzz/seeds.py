@@ -23,7 +23,7 @@ TEMPLATES = [
     "{% set s = m['content'] %}{% continue %}{% endif %}[INST] {{ m['content'] | tojson }}"
     " {{ strftime_now('%d %b %Y') }}{{ eos_token }}{% endfor %}",
     "{{ raise_exception('no') }}", "{{ messages[0].__class__.__mro__ }}", "{{ 'a' * 9 }}",
-    "{% for i in range(9) %}{{ i }}{% endfor %}", "{{ 9 ** 9 }}",
+    "{% for i in range(9) %}{{ i }}{% endfor %}", "{{ 9 ** (9 ** 9) }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ messages | length }}",
 ]  # fmt: skip
 
