@@ -37,25 +37,25 @@ class _Child:
 
     def ask(self, request: dict[str, Any]) -> str:
         """The text that REQUEST's template gives; raises Refused."""
+        line, late = "", threading.Event()
         with self._turn:
-            process = self._started()
-            late = threading.Event()
 
             def stop() -> None:
                 late.set()
-                process.kill()
+                if self._process is not None:
+                    self._process.kill()
 
             timer = threading.Timer(SECONDS, stop)
             timer.daemon = True
             timer.start()
-            line = ""
             try:
+                process = self._started()
                 assert process.stdin is not None and process.stdout is not None
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:
-                pass  # it died, and no line says so
+                pass  # it cannot start or died: no line says so
             finally:
                 timer.cancel()
                 if not line.endswith("\n"):  # also after Ctrl-C
@@ -84,7 +84,7 @@ class _Child:
     def _stop(self) -> None:
         if self._process is not None and self._parent == os.getpid():
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
         self._process = None
 
 
