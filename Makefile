@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long tokenizers arm64 bench
+.PHONY: run test test-long tokenizers arm64 fuzz bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -26,6 +26,11 @@ test-long: .venv/requirements-dev build/built
 arm64: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest -rs tests/test_neon.py
 
+# every reader of files and the sampler under libFuzzer, TIME seconds each, two at once; wants clang
+TIME ?= 60
+fuzz: .venv/fuzz build/fuzz/built
+	$(IN) python3 tests/fuzz/run.py --time $(TIME)
+
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench
 
@@ -41,6 +46,15 @@ bench: .venv/requirements build/built $(MODEL)
 .venv/requirements-dev: requirements-dev.txt requirements.txt | .venv/bin/activate
 	$(IN) pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/requirements
+
+.venv/fuzz: .venv/requirements-dev
+	$(IN) pip install --disable-pip-version-check atheris
+	@touch $@
+
+build/fuzz/built: $(SOURCES) $(wildcard tests/fuzz/*.c) | .venv/requirements
+	$(IN) cmake -S . -B build/fuzz -DFUZZ=ON -DCMAKE_C_COMPILER=clang
+	$(IN) cmake --build build/fuzz --parallel
+	@touch $@
 
 build/built: $(SOURCES) | .venv/requirements
 	mkdir -p build

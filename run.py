@@ -62,6 +62,10 @@ def main() -> int:
         "here computes what the file says of itself; looks at --bin and --threads alone",
     )  # fmt: skip
     instead.add_argument(
+        "--verify", action="store_true",
+        help="complete nothing: read the file at --bin whole and compare each tensor's checksum",
+    )  # fmt: skip
+    instead.add_argument(
         "--info", action="store_true", help="complete nothing: print what the file at --bin is"
     )
     cli.add_sampling_flags(parser, max_tokens=256)
@@ -83,7 +87,8 @@ def main() -> int:
         parser.error("--keep needs --overflow slide")
     if args.reward_bin is not None and args.best_of is None:
         parser.error("--reward-bin needs --best-of, how many completions it chooses from")
-    no_prompt = "--selftest" if args.selftest else "--info" if args.info else None
+    instead_of = ("selftest", "verify", "info")
+    no_prompt = next((f"--{name}" for name in instead_of if getattr(args, name)), None)
     if no_prompt and given:
         parser.error(f"{no_prompt} takes no prompt")
     if not (no_prompt or given) and at_keyboard():
@@ -98,6 +103,10 @@ def main() -> int:
             from llama.selftest import selftest
 
             return 0 if selftest(args.bin or cli.default_bin(), args.threads) else 1
+        if args.verify:
+            from llama.selftest import verify
+
+            return 0 if verify(args.bin or cli.default_bin()) else 1
         from llama.complete import complete
 
         return complete(args)

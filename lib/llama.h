@@ -228,6 +228,7 @@ typedef struct {
 
 /* Runs the batch. LOGITS (rows that want them, n_outputs or dim) takes them in row order; if it is
  * NULL the session keeps a language model's for llama_sample until its next llama_forward.
+ * Numbers in LOGITS that are not finite are a failure, which names the layer where they began.
  * On failure the sequences are as they were before the call. */
 int llama_forward(llama_session *session, const llama_batch *batch, float *logits);
 
@@ -309,7 +310,8 @@ typedef struct {
  * from LOGITS (vocab_size, 1 to 2^24). SEEN are the tokens so far, for the penalties: the last
  * N_SAID of them the completion's own, each as often as it was said; NULL, 0, 0 is allowed. The
  * random number depends only on (seed, completion, position). Logits that are not finite where it
- * matters (NaN, +infinity, or all -infinity) are an error. */
+ * matters (NaN, +infinity, or all -infinity) are an error; of a session's it names the layer where
+ * they began. */
 int llama_sample(llama_session *session, size_t row, const llama_sampling *sampling,
                  const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
                  uint64_t position, int32_t *token);

@@ -317,14 +317,14 @@ int sampler_logprobs(const float *logits, size_t vocab_size, int32_t token, doub
     double total = 0;
     const double most = (double)logits[best];
     for (size_t i = 0; i < vocab_size; i++) total += exp((double)logits[i] - most);
-    const double whole = most + log(total);
+    const double whole = log(total); // less most: their sum would lose it beside huge logits
     struct ranking r = {c, vocab_size, vocab_size};
-    *logprob = (double)logits[token] - whole;
+    *logprob = (double)logits[token] - most - whole;
     for (size_t i = vocab_size / 2; n && i-- > 0;) sift_down(c, vocab_size, i);
     for (size_t i = 0; i < n; i++) {
         const struct candidate next = nth(&r, i);
         ids[i] = next.id;
-        top[i] = (double)next.logit - whole;
+        top[i] = (double)next.logit - most - whole;
     }
     free(c);
     return 0;

@@ -6,10 +6,17 @@
 #include "llama.h"
 #include "rope.h"
 #include "sampler.h"
+#include <float.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+struct row {
+    int32_t token, sequence, position, rope_length;
+    bool want;
+};
 
 struct llama_session {
     llama_model *model;
@@ -22,6 +29,8 @@ struct llama_session {
     float *kept;           // (n_kept, n_outputs) logits of the last forward; where they are
     size_t n_kept, kept_room;
     bool on_device;        // on the device, room for one row of them
+    struct row *last;      // (n_last) the rows of the last forward that kept logits
+    size_t n_last, last_room;
 };
 
 static int options_check(const llama_session_options *o, const struct backend **backend) {
@@ -71,6 +80,7 @@ void llama_session_close(llama_session *s) {
     s->backend->close(s->state);
     pthread_mutex_destroy(&s->lock);
     free(s->kept);
+    free(s->last);
     model_release(s->model);
     free(s);
 }
@@ -124,6 +134,52 @@ static int keep_room(llama_session *s, size_t rows) {
     return 0;
 }
 
+/* Remembers B's rows, so that where kept logits broke down can be found later. */
+static int keep_rows(llama_session *s, const llama_batch *b) {
+    if (b->n > s->last_room) {
+        struct row *last = realloc(s->last, b->n * sizeof *last);
+        if (!last) return fail("out of memory for a batch of %zu rows", b->n);
+        s->last = last;
+        s->last_room = b->n;
+    }
+    for (size_t i = 0; i < b->n; i++)
+        s->last[i] = (struct row){b->tokens[i], b->sequences[i], b->positions[i],
+                                  b->rope_lengths ? b->rope_lengths[i] : 0,
+                                  b->want && b->want[i]};
+    s->n_last = b->n;
+    return 0;
+}
+
+static bool all_finite(const float *x, size_t n) {
+    int bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= !(fabsf(x[i]) <= FLT_MAX);
+    return !bad;
+}
+
+/* Says where the numbers of ROWS broke down, which gave some that are not finite: they run once
+ * more, into the same pages, and show the whole stream. */
+static int fail_by_layer(llama_session *s, const struct rows *rows) {
+    const llama_config *c = &s->model->model.config;
+    const size_t n = rows->n * c->dim;
+    struct rows again = *rows;
+    size_t layer = 0;
+    uint8_t *want = malloc(rows->n);
+    float *stream = calloc((size_t)c->n_layers + 2, n * sizeof *stream);
+    int rc = want && stream ? 0 : -1;
+    if (!rc) {
+        memset(want, 1, rows->n);
+        again.want = want, again.wanted = rows->n, again.hidden = true, again.stream = stream;
+        rc = s->backend->forward(s->state, &again, stream + (c->n_layers + 1) * n);
+        while (layer <= c->n_layers && all_finite(stream + layer * n, n)) layer++;
+    }
+    free(want);
+    free(stream);
+    if (rc) return fail("the model gives numbers that are not finite");
+    if (layer == 0) return fail("the embedding gives numbers that are not finite");
+    if (layer > c->n_layers) return fail("the head gives numbers that are not finite");
+    return fail("layer %zu gives numbers that are not finite", layer - 1);
+}
+
 static int forward_locked(llama_session *s, const llama_batch *b, float *logits) {
     uint32_t ends[LLAMA_MAX_SEQUENCES];
     size_t wanted;
@@ -131,7 +187,7 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
     if (!logits && b->hidden) return fail("hidden states are not kept: give them a place");
     const bool stay = !logits && wanted <= s->backend->keeps;
     s->n_kept = 0;
-    if (!logits && !stay && keep_room(s, wanted)) return -1;
+    if (!logits && ((!stay && keep_room(s, wanted)) || keep_rows(s, b))) return -1;
     const struct sequence **of = malloc((b->n + 1) * sizeof *of);
     int rc = of ? 0 : fail("out of memory for a batch of %zu rows", b->n);
     for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES && !rc; i++)
@@ -142,6 +198,9 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
                                   .want = b->want, .of = of, .rope_lengths = b->rope_lengths,
                                   .wanted = wanted, .hidden = b->hidden, .stream = b->stream};
         rc = s->backend->forward(s->state, &rows, logits ? logits : stay ? NULL : s->kept);
+        const llama_config *c = &s->model->model.config;
+        if (!rc && logits && !all_finite(logits, wanted * (b->hidden ? c->dim : c->n_outputs)))
+            rc = fail_by_layer(s, &rows);
     }
     free(of);
     for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES; i++) {
@@ -331,6 +390,36 @@ static const float *kept_row(llama_session *s, size_t row) {
     return keep_room(s, 1) || s->backend->fetch(s->state, row, s->kept) ? NULL : s->kept;
 }
 
+/* After a failure with kept row ROW's LOGITS: where they are not finite, says where that began. */
+static int explain(llama_session *s, size_t row, const float *logits) {
+    const size_t n_outputs = s->model->model.config.n_outputs;
+    size_t last = 0, n = 0;
+    if (all_finite(logits, n_outputs)) return -1;
+    for (size_t wanted = 0; last < s->n_last; last++)
+        if (s->last[last].want && wanted++ == row) break;
+    if (last == s->n_last) return -1;
+    const int32_t sequence = s->last[last].sequence;
+    const struct sequence *q = &s->cache.sequences[sequence];
+    if ((uint32_t)s->last[last].position >= q->length) return -1; // trimmed since
+    int32_t *tokens = calloc(last + 1, 3 * sizeof *tokens);
+    const struct sequence **of = calloc(last + 1, sizeof *of);
+    if (!tokens || !of) return free(tokens), free(of), -1;
+    int32_t *positions = tokens + last + 1, *lengths = positions + last + 1;
+    for (size_t i = 0; i <= last; i++) {
+        if (s->last[i].sequence != sequence) continue;
+        tokens[n] = s->last[i].token;
+        positions[n] = s->last[i].position;
+        lengths[n] = s->last[i].rope_length;
+        of[n++] = q;
+    }
+    const struct rows rows = {.n = n, .tokens = tokens, .positions = positions, .of = of,
+                              .rope_lengths = lengths};
+    fail_by_layer(s, &rows);
+    free(tokens);
+    free(of);
+    return -1;
+}
+
 static int sample_locked(llama_session *s, size_t row, const llama_sampling *sampling,
                          const int32_t *seen, size_t n_seen, size_t n_said, double random,
                          int32_t *token) {
@@ -341,8 +430,9 @@ static int sample_locked(llama_session *s, size_t row, const llama_sampling *sam
                                                           n_said, random, token);
     if (rc <= 0) return rc;
     const float *logits = kept_row(s, row);
-    return !logits ? -1 : sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said, random,
-                                       token);
+    if (!logits) return -1;
+    if (!sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said, random, token)) return 0;
+    return explain(s, row, logits);
 }
 
 int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
@@ -367,6 +457,7 @@ int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob,
     pthread_mutex_lock(&s->lock);
     const float *logits = kept_row(s, row);
     int rc = logits ? sampler_logprobs(logits, vocab_size, token, logprob, n, ids, top) : -1;
+    if (rc && logits) explain(s, row, logits);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -126,7 +126,10 @@ class Config:
     def _check_rope(self) -> None:
         count = ROPE_COUNTS[self.rope_scaling]
         numbers = self.rope_numbers
-        positive = numbers[:5] if self.rope_scaling == Rope.YARN else numbers
+        with np.errstate(over="ignore"):  # as the file holds them
+            positive = [float(np.float32(n)) for n in numbers]
+        if self.rope_scaling == Rope.YARN:
+            positive = positive[:5]
         if len(numbers) != count or not all(math.isfinite(n) and n > 0 for n in positive):
             raise LlamaError(
                 f"config: rope scaling {self.rope_scaling.name.lower()} takes {count} numbers "
@@ -136,7 +139,7 @@ class Config:
             raise LlamaError(f"config: yarn's truncate must be 0 or 1, found {numbers[5]}")
         if self.rope_scaling == Rope.DYNAMIC and self.head_dim == 2:
             raise LlamaError("config: dynamic rope scaling needs a head_dim above 2")
-        if self.rope_scaling == Rope.LLAMA3 and numbers[2] <= numbers[1]:
+        if self.rope_scaling == Rope.LLAMA3 and positive[2] <= positive[1]:
             raise LlamaError(
                 f"config: llama3 rope scaling needs low_freq_factor below high_freq_factor, "
                 f"found {numbers[1]} and {numbers[2]}"

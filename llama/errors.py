@@ -1,5 +1,8 @@
 """The one exception of this project: what a user can put right, in one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def one_line(text: object) -> str:
     """TEXT with an escape for what is no printable character: a line stays one line, and nothing
@@ -15,3 +18,15 @@ class LlamaError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(message))
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever a library raises inside becomes a LlamaError that begins with WHAT; so do panics of
+    Rust, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise LlamaError(f"{what}: {str(error)[:500]}") from None

@@ -111,7 +111,7 @@ def _pack_meta(meta: Mapping[str, Value | Required]) -> bytes:
         elif isinstance(value, float):
             kind, data = 2, struct.pack("<d", value)
         elif isinstance(value, str):
-            kind, data = 3, value.encode("utf-8")
+            kind, data = 3, value.encode("utf-8", "replace")  # a directory's odd name
         else:
             kind, data = 4, bytes(value)
         out += META.pack(kind, flags, len(name), 0, len(data)) + name + data

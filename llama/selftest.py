@@ -1,4 +1,5 @@
 """run.py --selftest: is this file whole, and does this machine compute what it says of itself?
+--verify asks the first alone.
 
 The file's checksums first, then its tokenizer, then the network: the scalar kernels against the
 answers that the file holds (golden.py), every other kernel set of this CPU against the scalar
@@ -85,6 +86,14 @@ def selftest(path: Path, threads: int | None = None) -> bool:
         now = source_distance(stored.source, found, config.head)
         report.note(f"from its source, now, after the self-test's text: {now}")
     print(report.summary(), flush=True)
+    return not report.failures
+
+
+def verify(path: Path) -> bool:
+    """Prints whether every tensor of the file at PATH is as its writer left it; LlamaError where it
+    cannot be opened, which checks all before the tensors."""
+    report = Report()
+    _checksums(path, report)
     return not report.failures
 
 

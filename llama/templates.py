@@ -8,7 +8,6 @@ of a family not known here uses its own Jinja template; never another family's i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from importlib.util import find_spec
 from itertools import takewhile
 from typing import Any
 
+from llama import sandbox
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer, split_at
 
@@ -277,7 +277,7 @@ class ChatTemplate:
 
 
 class JinjaTemplate:
-    """A model's own template, rendered in jinja2's sandbox as transformers does.
+    """A model's own template, rendered in jinja2's sandbox as transformers does, by sandbox.py.
 
     Where a message holds a control token's text, one character of it is swapped for a private
     one while the template runs, and back when the result has been cut at its control tokens.
@@ -285,27 +285,13 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str, date: str | None = None) -> None:
-        try:
-            from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise LlamaError(
-                "this model brings its own chat template: pip install jinja2"
-            ) from None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: date or datetime.now().strftime(form)
+        if find_spec("jinja2") is None:
+            raise LlamaError("this model brings its own chat template: pip install jinja2")
+        self._source, self._date = source, date
         self._given = {"date_string": date} if date is not None else {}
-        self._error: type[Exception] = TemplateError
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
+            sandbox.check(source)
+        except sandbox.Refused as error:
             raise LlamaError(f"the model's chat template cannot be read: {error}") from None
 
     def __call__(
@@ -339,16 +325,16 @@ class JinjaTemplate:
         def name(token: int | None) -> str:
             return tokenizer.piece(token) if token is not None else ""
 
+        given = {
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "add_generation_prompt": reply, "bos_token": name(tokenizer.bos_id),
+            "eos_token": name(next(iter(tokenizer.eos_ids), None)), **self._given,
+        }  # fmt: skip
         try:
-            return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=reply, bos_token=name(tokenizer.bos_id),
-                eos_token=name(next(iter(tokenizer.eos_ids), None)), **self._given,
-            )  # fmt: skip
-        except (self._error, TypeError, ValueError, KeyError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
+            return sandbox.render(self._source, given, self._date)
+        except sandbox.Refused as error:
             raise LlamaError(
-                f"the model's chat template refuses these messages: {reason}"
+                f"the model's chat template refuses these messages: {error}"
             ) from None
 
 
@@ -453,7 +439,3 @@ def _guard(text: str, mark: str) -> str:
         return text
     at = text.index(core)
     return f"{text[:at]}{mark}{core}{mark}{text[at + len(core) :]}"
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from llama.errors import LlamaError
+from llama.errors import LlamaError, refused
 
 SPACE = "\u2581"  # SentencePiece writes a space so
 # Meta's Llama 3 tokenizer: the split before BPE, and the limits that keep tiktoken's regular
@@ -234,18 +234,15 @@ class SentencePiece(Tokenizer):
 
         self._stand_in: str | None = None  # found when it is first needed
         self._model: Any = SentencePieceProcessor()
-        try:
+        with refused("the SentencePiece tokenizer cannot be read"):
             self._model.LoadFromSerializedProto(data)
-        except (RuntimeError, OSError) as error:
-            raise LlamaError(f"the SentencePiece tokenizer cannot be read: {error}") from None
         size = self._model.GetPieceSize()
-        control = {
-            self._model.IdToPiece(token): token
-            for token in range(size) if self._model.IsControl(token)
-        }  # fmt: skip
+        with refused("the SentencePiece tokenizer's pieces cannot be read"):  # not UTF-8
+            pieces = [self._model.IdToPiece(token) for token in range(size)]
+        control = {pieces[token]: token for token in range(size) if self._model.IsControl(token)}
         super().__init__(size, vocab_size, bos_id, eos_ids, control)
         # The library does not tell its dummy prefix setting: see what it does with a first word.
-        first = next((t for t in range(size) if self._model.IdToPiece(t)[:1] == SPACE), None)
+        first = next((t for t in range(size) if pieces[t][:1] == SPACE), None)
         if first is not None:
             self.strips_space = not self._model.Decode([first, first]).startswith(
                 self._piece_bytes(first).decode() * 2
@@ -342,10 +339,8 @@ class HuggingFace(Tokenizer):
     def _load(data: bytes) -> Any:
         import tokenizers
 
-        try:
+        with refused("tokenizer.json cannot be read"):
             loaded = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises no narrower kind
-            raise LlamaError(f"tokenizer.json cannot be read: {error}") from None
         loaded.no_truncation()
         loaded.no_padding()
         return loaded
@@ -359,7 +354,8 @@ class HuggingFace(Tokenizer):
                 other.encode_special_tokens = not parse_special
                 self._others[which] = other
             model = self._others[which]
-        return list(model.encode(text, add_special_tokens=False).ids)
+        with refused("tokenizer.json cannot encode this text"):
+            return list(model.encode(text, add_special_tokens=False).ids)
 
     def _piece_bytes(self, token: int) -> bytes:
         piece: str | None = self._plain.id_to_token(token)
@@ -398,15 +394,14 @@ class Tiktoken(Tokenizer):
         self._piece_of = {rank: piece for piece, rank in self._ranks.items()}
         size = max([*self._ranks.values(), *special.values()], default=-1) + 1
         super().__init__(size, vocab_size, bos_id, eos_ids, special)
-        try:
+        for byte in range(256):
+            if bytes([byte]) not in self._ranks:
+                raise LlamaError(f"the tiktoken ranks lack the byte {byte:#04x}")
+        with refused("the tiktoken ranks cannot be used"):
             self._model = tiktoken.Encoding(
                 "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=self._ranks,
                 special_tokens=dict(special),
             )  # fmt: skip
-        except (ValueError, AssertionError, BaseException) as error:  # pyo3's panics too
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise LlamaError(f"the tiktoken ranks cannot be used: {error}") from None
 
     def _encode(self, text: str, parse_special: bool, continues: bool) -> list[int]:
         allowed = set(self.control) if parse_special else set[str]()

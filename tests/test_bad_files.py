@@ -101,7 +101,8 @@ def use(path: Path) -> None:
         with Engine(path, threads=1) as engine:
             engine.forward([0, 1], [0, 0], [0, 1], [True, True])
     except LlamaError as error:
-        assert "context" in str(error)  # max_seq_len is 1 by now
+        # max_seq_len is 1 by now, or weights are any bits
+        assert "context" in str(error) or "not finite" in str(error)
 
 
 # --- what is no file, or another's
@@ -180,7 +181,7 @@ def test_every_header_byte_counts(folder: Path, good: bytes) -> None:
     path.write_bytes(good)
     with open(path, "r+b", buffering=0) as file:
         for at in range(header_bytes):
-            for flip in (0x01, 0x80, 0xFF):
+            for flip in (*(1 << bit for bit in range(8)), 0xFF):
                 os.pwrite(file.fileno(), bytes([good[at] ^ flip]), at)
                 with pytest.raises(LlamaError) as caught:
                     Model(path)

@@ -355,7 +355,7 @@ def test_ties_and_broken_logits(tmp_path: Path) -> None:
         assert abs(logprob - whole[5]) < 1e-5 and len(top) == 3
     with Engine(broken, device="cuda") as gpu:
         gpu.forward([1], [0], [0], [True], keep=True)
-        with pytest.raises(LlamaError, match="the model's numbers broke down"):
+        with pytest.raises(LlamaError, match="the head gives numbers that are not finite"):
             gpu.sample(0, SamplingParams(temperature=0.0), [], 0, 0)
 
 

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_models
 from fake_engine import FakeEngine
 
 from llama import engine
 from llama.completion import Result
+from llama.config import expected_tensors
+from llama.engine import Engine
 from llama.errors import LlamaError
+from llama.format import Record, Writer
 from llama.generate import Llama
+from llama.quant import Kind
 from llama.sampling import SamplingParams
 
 KNOBS = [
@@ -113,3 +118,18 @@ def test_the_end_tokens_logprob_counts() -> None:
     assert result.finish_reason == "eos" and result.logprobs is not None
     assert [token.token_id for token in result.logprobs] == result.token_ids
     assert result.token_ids[-1] == 0
+
+
+def test_huge_logits_keep_their_digits(tmp_path: Path) -> None:
+    """Equal logits of about 1e25 are equally likely, however many there are."""
+    shape = small_models.config()
+    records = [Record(name, Kind.F32, size) for name, size in expected_tensors(shape).items()]
+    with Writer(tmp_path / "a.bin", shape, records) as writer:
+        for record in records:
+            huge = record.name == "output.weight"
+            writer.write(record.name, np.full(record.shape, 1e25 if huge else 1.0, np.float32))
+    with Engine(tmp_path / "a.bin", threads=1) as engine:
+        engine.forward([1], [0], [0], [True], keep=True)
+        logprob, top = engine.logprobs(0, 3, shape.vocab_size)
+    assert list(top) == list(range(shape.vocab_size))
+    assert np.allclose([logprob, *top.values()], -np.log(shape.vocab_size), rtol=1e-12)

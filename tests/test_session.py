@@ -288,7 +288,7 @@ def test_values_that_are_no_numbers_are_an_error_and_no_crash(saved: Path, tiny:
     saved.write_bytes(nothing + struct.pack("<I", zlib.crc32(nothing)))
     with Llama(tiny) as llm:
         messages, _ = llm.load_session(saved)
-        with one_line("logit"):
+        with one_line("layer 0 gives numbers that are not finite"):
             llm.chat([*messages, said("user", "?")], GREEDY)
 
 

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llama import sandbox
 from llama.checkpoints.family import FAMILIES, family_by_name, family_of
 from llama.errors import LlamaError
 from llama.templates import FAMILIES as TEMPLATES
@@ -371,6 +372,33 @@ def test_broken_templates_are_one_line(files: dict[str, bytes]) -> None:
         with pytest.raises(LlamaError, match=reason) as caught:
             ChatTemplate(tokenizer, {"template.jinja": source}).encode(dialog(("user", "a")))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+         "it takes longer than 3 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "longer than 3 seconds"),
+        ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        ("{% set x = messages[0].content * 999999999 %}{{ x | length }}{{ x ~ x }}", "memory"),
+        ("{% for i in range(9999) %}{{ '%9999d' % i }}{% endfor %}", "it writes too much"),
+        ("{{ messages[9].content.x }}", "has no element 9"),
+        ("{{ namespace().f() }}", "no attribute .f"),
+    ],
+)  # fmt: skip
+def test_a_template_cannot_take_all_time_or_memory(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, source: str, reason: str
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 3.0 if "longer" in reason else 60.0)
+    tokenizer = open_(files, "llama3")
+    with pytest.raises(LlamaError, match=reason):
+        ChatTemplate(tokenizer, {"template.jinja": source}).encode(dialog(("user", "a")))
+    monkeypatch.setattr(sandbox, "SECONDS", 60.0)
+    good = ChatTemplate(tokenizer, {"template.jinja": "{{ messages[0].content }}"})
+    assert tokenizer.decode(good.encode(dialog(("user", "the next one works")))) == (
+        "the next one works"
+    )
 
 
 # --- forging

@@ -235,6 +235,36 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         refused(tmp_path / "cut.pth")
 
 
+def test_every_flipped_bit_of_the_weights_is_found(tmp_path: Path) -> None:
+    """By the zip's checksums, when a tensor is read; where torch was told to leave them out, none
+    is asked for."""
+    tensors = {"w": torch.randn(20, 20), "t": torch.randn(8, 9).t()}
+    path, bad = tmp_path / "a.pth", tmp_path / "bad.pth"
+    torch.save(tensors, path)
+    same(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        stored = tensor.t() if name == "t" else tensor
+        start = whole.index(stored.contiguous().numpy().tobytes())
+        for bit in rng.choice(32 * tensor.numel(), 100, replace=False):
+            hurt = bytearray(whole)
+            hurt[start + bit // 8] ^= 1 << bit % 8
+            bad.write_bytes(hurt)
+            found = torch_file.read(bad)
+            with pytest.raises(LlamaError, match=r"bad.pth: data/\d is damaged: checksum"):
+                found[name].rows(0, 1)
+    place = whole.index(b"cpu")
+    bad.write_bytes(whole[:place] + b"gpu" + whole[place + 3 :])
+    assert "data.pkl is damaged: checksum" in refused(bad)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    same(path)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damage_never_crashes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

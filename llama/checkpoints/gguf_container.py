@@ -20,7 +20,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llama.checkpoints.mapped import Mapped, Plain, Tensor
+from llama.checkpoints.mapped import Mapped, Plain, Tensor, check_apart
 from llama.errors import LlamaError
 from llama.quant import Array, Kind
 
@@ -133,10 +133,12 @@ class Container:
             )
         start = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, Tensor] = {}
+        self._places: list[tuple[int, int, str]] = []
         for name, shape, type_, offset in infos:
             if name in self.tensors:
                 raise LlamaError(f"{path}: {name} stands twice among the tensors")
             self.tensors[name] = self._tensor(name, shape, type_, start, offset, alignment)
+        check_apart(path, self._places)
 
     def _header(self, cursor: _Cursor) -> tuple[int, int]:
         magic = self.file.bytes(0, 4, "the header")
@@ -184,7 +186,9 @@ class Container:
             )
         if offset % align:
             raise LlamaError(f"{self.path}: {name}: offset {offset} is not a multiple of {align}")
-        self.file.check(start + offset, weights // block * size, f"tensor {name}")
+        n_bytes = weights // block * size
+        self.file.check(start + offset, n_bytes, f"tensor {name}")
+        self._places.append((offset, offset + n_bytes, name))
         if type_ in FLOAT_TYPES:
             return Plain(self.file, start + offset, FLOAT_TYPES[type_], shape, name)
         try:

@@ -196,7 +196,8 @@ def _yarn(rope: Settings, length: int, original: int) -> tuple[float, ...]:
     over, under = rope.real("mscale", 0.0), rope.real("mscale_all_dim", 0.0)
     implied = yarn_attention(factor)
     if over and under:
-        implied = yarn_attention(factor, over) / yarn_attention(factor, under)
+        whole = yarn_attention(factor, under)
+        implied = yarn_attention(factor, over) / whole if whole else 0.0  # which is refused
     return (
         factor,
         float(original),

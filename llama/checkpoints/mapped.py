@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,8 @@ import numpy as np
 
 from llama.errors import LlamaError
 from llama.quant import STORED, Array, Kind
+
+CHUNK_BYTES = 1 << 24  # of which a checksum is computed at once
 
 
 class Mapped:
@@ -59,6 +62,48 @@ class Mapped:
         """Lets the system take back the pages read so far; later reads fetch them again."""
         if hasattr(self.map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
+
+
+class Member(Mapped):
+    """A part of a mapped file that has a checksum, compared before its first number is handed out;
+    a CRC32 of 0 is none, which torch writes where it is told not to compute one."""
+
+    def __init__(self, file: Mapped, offset: int, size: int, crc32: int, name: str) -> None:
+        self.path, self.size, self.map = file.path, file.size, file.map
+        self._unread = crc32 != 0
+        self._offset, self._end, self._crc32, self._name = offset, offset + size, crc32, name
+
+    def bytes(self, offset: int, size: int, what: str) -> bytes:
+        self._verify()
+        return super().bytes(offset, size, what)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: str, what: str) -> Array:
+        self._verify()
+        return super().array(offset, shape, dtype, what)
+
+    def _verify(self) -> None:
+        if not self._unread:
+            return
+        found = 0
+        for at in range(self._offset, self._end, CHUNK_BYTES):
+            found = zlib.crc32(self.map[at : min(at + CHUNK_BYTES, self._end)], found)
+            self.release()
+        if found != self._crc32:
+            raise LlamaError(
+                f"{self.path}: {self._name} is damaged: checksum {found:08x}, recorded "
+                f"{self._crc32:08x}"
+            )
+        self._unread = False
+
+
+def check_apart(path: Path, places: list[tuple[int, int, str]]) -> None:
+    """Raises LlamaError where two tensors, each (begin, end, name), share bytes: what is read of
+    a file is then no more than the file."""
+    end, before = 0, ""
+    for begin, last, name in sorted(place for place in places if place[0] < place[1]):
+        if begin < end:
+            raise LlamaError(f"{path}: {before[:80]} and {name[:80]} overlap")
+        end, before = last, name
 
 
 class Tensor(Protocol):

@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints.mapped import Mapped, Plain, Tensor, Unreadable
+from llama.checkpoints.mapped import Mapped, Plain, Tensor, Unreadable, check_apart
 from llama.errors import LlamaError
 from llama.quant import STORED, Kind
 
@@ -42,7 +42,9 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise LlamaError(f"{path}: not safetensors: its header is no JSON object")
     header.pop("__metadata__", None)
-    return {name: _tensor(file, 8 + size, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor(file, 8 + size, name, entry) for name, entry in header.items()}
+    check_apart(path, [(*entry["data_offsets"], name) for name, entry in header.items()])
+    return tensors
 
 
 def _tensor(file: Mapped, start: int, name: str, entry: Any) -> Tensor:
@@ -57,7 +59,7 @@ def _tensor(file: Mapped, start: int, name: str, entry: Any) -> Tensor:
     if begin > end:
         raise LlamaError(f"{where}: its data ends before it begins")
     file.check(start + begin, end - begin, f"tensor {name[:80]}")
-    if dtype not in KINDS:
+    if not isinstance(dtype, str) or dtype not in KINDS:
         return Unreadable(str(dtype)[:20], tuple(shape), name)
     kind = KINDS[dtype]
     expected = math.prod(shape) * STORED[kind].itemsize

@@ -28,7 +28,10 @@ class Settings:
         try:
             if path.stat().st_size > LARGEST:
                 raise LlamaError(f"{path}: expected a small JSON file")
-            found = json.loads(path.read_bytes())
+            raw = path.read_bytes()
+            found = json.loads(raw)
+            if b"\\ud" in raw.lower():  # half a surrogate pair is no text
+                json.dumps(found, ensure_ascii=False).encode()
         except OSError as error:
             raise LlamaError(f"{path}: cannot read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
@@ -45,16 +48,24 @@ class Settings:
         return self.values.get(key) is not None
 
     def count(self, key: str, default: int | None = None) -> int:
-        return int(self._get(key, int, "a whole number", default))
+        return int(self._within(key, 1 << 63, self._get(key, int, "a whole number", default)))
 
     def real(self, key: str, default: float | None = None) -> float:
-        return float(self._get(key, (int, float), "a number", default))
+        return float(
+            self._within(key, 1 << 127, self._get(key, (int, float), "a number", default))
+        )
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._get(key, bool, "true or false", default))
 
     def text(self, key: str, default: str | None = None) -> str:
         return str(self._get(key, str, "a text", default))
+
+    def _within(self, key: str, limit: int, value: Any) -> Any:
+        if not -limit < value < limit:  # NaN is not
+            found = repr(value) if isinstance(value, float) else f"one of {value.bit_length()} bits"
+            raise LlamaError(f"{self.path}: {key}: expected a number in range, found {found}")
+        return value
 
     def _get(self, key: str, kind: type | tuple[type, ...], what: str, default: Any) -> Any:
         value = self.values.get(key)

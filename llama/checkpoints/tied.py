@@ -30,7 +30,7 @@ def store_once(checkpoint: Checkpoint, progress: Callable[[int, int], object]) -
     tensors = dict(checkpoint.tensors)
     pair = [tensors[name] for name in (INPUT, OUTPUT) if name in tensors]
     whole = all(len(each.shape) == 2 and not isinstance(each, Unreadable) for each in pair)
-    if len(pair) < 2 or not whole or pair[0].shape != pair[1].shape:
+    if len(pair) < 2 or not whole or pair[0].shape != pair[1].shape or 0 in pair[0].shape:
         return  # nothing to compare, or Checkpoint.check says what is wrong
     names = [checkpoint.own_names.get(name, name) for name in (OUTPUT, INPUT)]
     if same(pair[0], pair[1], progress):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llama.checkpoints.checkpoint import Options, Tokenizer
 from llama.checkpoints.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
-from llama.errors import LlamaError
+from llama.errors import LlamaError, refused
 from llama.format import TokenizerKind
 
 # Meta's 256 special tokens stand after the ranks, in this order, then the reserved ones. The
@@ -85,17 +85,16 @@ def _sentencepiece(path: Path, data: bytes) -> Tokenizer:
 def _json(path: Path, data: bytes) -> Tokenizer:
     from tokenizers import Tokenizer as Library
 
-    try:
+    with refused(f"{path}: expected a tokenizer.json"):
         json.loads(data)  # for its better messages
         library = Library.from_str(data.decode("utf-8"))
-    except Exception as error:  # the library raises plain Exception
-        raise LlamaError(f"{path}: expected a tokenizer.json: {error}") from None
     ids = library.get_vocab(with_added_tokens=True).values()
     return Tokenizer(TokenizerKind.JSON, data, max(ids, default=-1) + 1)
 
 
 def _tiktoken(path: Path, data: bytes) -> Tokenizer:
     ranks = []
+    lacking = {bytes([byte]) for byte in range(256)}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
@@ -103,13 +102,15 @@ def _tiktoken(path: Path, data: bytes) -> Tokenizer:
         try:
             token, rank = fields
             ranks.append(int(rank))
-            base64.b64decode(token, validate=True)
+            lacking.discard(base64.b64decode(token, validate=True))
         except (ValueError, binascii.Error):
             raise LlamaError(f"{path}: line {number}: expected base64 and a rank") from None
         if ranks[-1] != len(ranks) - 1:
             raise LlamaError(
                 f"{path}: line {number}: expected rank {len(ranks) - 1}, found {ranks[-1]}"
             )
+    if lacking:
+        raise LlamaError(f"{path}: its ranks lack {len(lacking)} of the 256 bytes")
     names = list(LLAMA3_SPECIAL)
     names += [f"<|reserved_special_token_{n + 2}|>" for n in range(N_SPECIAL - len(names))]
     special = {name: len(ranks) + i for i, name in enumerate(names)}

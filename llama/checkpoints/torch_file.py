@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llama.checkpoints.mapped import Mapped, Plain, Tensor, Unreadable
+from llama.checkpoints.mapped import Mapped, Member, Plain, Tensor, Unreadable
 from llama.errors import LlamaError
 from llama.quant import STORED, Array, Kind
 
@@ -151,8 +151,8 @@ class _Archive:
             raise LlamaError(f"{path}: expected one data.pkl inside, found {len(pickles)}")
         self.prefix = pickles[0].removesuffix("data.pkl")
 
-    def place(self, name: str) -> tuple[int, int]:
-        """(offset, size) of a stored member's bytes."""
+    def place(self, name: str) -> tuple[Member, int, int]:
+        """A stored member, whose checksum is compared when it is read, and (offset, size)."""
         info = self.members.get(self.prefix + name)
         if info is None:
             raise LlamaError(f"{self.path}: {name} is missing inside")
@@ -164,7 +164,8 @@ class _Archive:
             raise LlamaError(f"{self.path}: {name}: damaged zip header")
         offset = info.header_offset + LOCAL_HEADER.size + fields[9] + fields[10]
         self.file.check(offset, info.file_size, name)
-        return offset, info.file_size
+        member = Member(self.file, offset, info.file_size, info.CRC, name)
+        return member, offset, info.file_size
 
     def storage(self, tag: str, kind: _Sealed, key: str, location: str, numel: int) -> Tensor:
         """A persistent id of the pickle -> the flat storage that it names."""
@@ -173,12 +174,12 @@ class _Archive:
         if kind.value not in STORAGES:
             raise pickle.UnpicklingError(f"{kind.value} is no storage")
         item, float_kind = STORAGES[kind.value]
-        offset, size = self.place(f"data/{key}")
+        member, offset, size = self.place(f"data/{key}")
         if not isinstance(numel, int) or not 0 <= numel * item <= size:
             raise pickle.UnpicklingError(f"storage {key} has {size} bytes, it asks for {numel}")
         if float_kind is None:
             return Unreadable(kind.value, (numel,), key)
-        return Plain(self.file, offset, float_kind, (numel,), f"storage {key}")
+        return Plain(member, offset, float_kind, (numel,), f"storage {key}")
 
     def tensor(
         self, sealed: _Sealed, start: int, shape: tuple[int, ...], strides: tuple[int, ...],
@@ -236,13 +237,14 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .bin by name; raises LlamaError, and never runs what is inside."""
     archive = _Archive(path)
     if archive.prefix + "byteorder" in archive.members:
-        order = archive.file.bytes(*archive.place("byteorder"), "byteorder")
+        member, offset, size = archive.place("byteorder")
+        order = member.bytes(offset, size, "byteorder")
         if order != b"little":
             raise LlamaError(f"{path}: expected little-endian weights, found {order[:10]!r}")
-    offset, size = archive.place("data.pkl")
+    member, offset, size = archive.place("data.pkl")
     if size > LARGEST_PICKLE:
         raise LlamaError(f"{path}: its pickle has {size} bytes, at most {LARGEST_PICKLE}")
-    data = archive.file.bytes(offset, size, "data.pkl")
+    data = member.bytes(offset, size, "data.pkl")
     try:
         _check_opcodes(data)
         found = _Reader(archive, data).load()
@@ -259,4 +261,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if not hasattr(value.value, "rows"):
             raise LlamaError(f"{path}: {name[:60]}: expected a tensor, found another object")
         tensors[name] = value.value
+    readable = [each for each in tensors.values() if not isinstance(each, Unreadable)]
+    if sum(math.prod(each.shape) for each in readable) > archive.file.size:  # by strides of 0
+        raise LlamaError(f"{path}: its tensors have more numbers than the file has bytes")
     return tensors

@@ -15,7 +15,7 @@ from typing import Any
 
 from llama.checkpoints.checkpoint import Tokenizer
 from llama.checkpoints.model_proto import CONTROL, NORMAL, USER_DEFINED, sentencepiece_model
-from llama.errors import LlamaError
+from llama.errors import LlamaError, refused
 from llama.format import TokenizerKind
 
 # How byte-level BPE cuts text into words before it merges: the regular expressions of the
@@ -199,10 +199,8 @@ def byte_level_json(
 def _try_json(path: Path, data: bytes, pieces: list[str]) -> None:
     from tokenizers import Tokenizer as Library
 
-    try:
+    with refused(f"{path}: the vocabulary makes no tokenizer"):
         library = Library.from_str(data.decode("utf-8"))
-    except Exception as error:  # the library raises plain Exception
-        raise LlamaError(f"{path}: the vocabulary makes no tokenizer: {error}") from None
     found = library.get_vocab(with_added_tokens=True)
     if found != {piece: i for i, piece in enumerate(pieces)}:
         raise LlamaError(f"{path}: the vocabulary makes a tokenizer with other ids")

@@ -1,0 +1,165 @@
+"""A model's own chat template, run in a process of its own: its text came with the file.
+
+jinja2's sandbox keeps a template from Python's objects, not from running for ever or taking all
+memory; a process can be given limits and killed. One child serves a program and is started when
+it is first needed; requests and answers are lines of JSON. This file is also what the child runs,
+with nothing of llama imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+SECONDS = 10.0  # for one rendering; the child's start counts too
+MEMORY = 512 << 20  # the child's address space
+LONGEST = 1 << 24  # characters of a rendered text, and of an expression's value
+
+
+class Refused(Exception):
+    """Why a template gave no text."""
+
+
+# --- the parent
+
+
+class _Child:
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._parent = 0  # a fork must not read the answers to its parent
+        self._turn = threading.Lock()
+        atexit.register(self._stop)
+
+    def ask(self, request: dict[str, Any]) -> str:
+        """The text that REQUEST's template gives; raises Refused."""
+        line, late = "", threading.Event()
+        with self._turn:
+
+            def stop() -> None:
+                late.set()
+                if self._process is not None:
+                    self._process.kill()
+
+            timer = threading.Timer(SECONDS, stop)
+            timer.daemon = True
+            timer.start()
+            try:
+                process = self._started()
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:
+                pass  # it cannot start or died: no line says so
+            finally:
+                timer.cancel()
+                if not line.endswith("\n"):  # also after Ctrl-C
+                    self._stop()
+        if late.is_set():
+            raise Refused(f"it takes longer than {SECONDS:g} seconds")
+        if not line.endswith("\n"):
+            raise Refused("its process died")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return str(answer["text"])
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._parent != os.getpid():
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, encoding="utf-8", errors="surrogatepass",
+                start_new_session=True,
+            )  # fmt: skip
+            self._parent = os.getpid()
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps([MEMORY, LONGEST, sys.path]) + "\n")
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None and self._parent == os.getpid():
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+
+_child = _Child()
+
+
+def check(source: str) -> None:
+    """Raises Refused where SOURCE is no template."""
+    _child.ask({"source": source})
+
+
+def render(source: str, given: dict[str, Any], date: str | None) -> str:
+    """SOURCE with the names in GIVEN; strftime_now gives DATE, or the day. Raises Refused."""
+    return _child.ask({"source": source, "given": given, "date": date})
+
+
+# --- the child
+
+
+def _environment() -> Any:
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: object) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, ensure_ascii=False, **options
+    )
+    environment.globals["raise_exception"] = refuse
+    return environment
+
+
+def _answer(environment: Any, templates: dict[str, Any], request: dict[str, Any]) -> str:
+    from datetime import datetime
+
+    date = request.get("date")
+    source = request["source"]
+    if source not in templates:
+        templates.clear()  # one program has one model's, or few
+        templates[source] = environment.from_string(source)
+    if "given" not in request:
+        return ""
+    text = ""
+    for part in templates[source].generate(
+        **request["given"], strftime_now=lambda form: date or datetime.now().strftime(form)
+    ):
+        text += part
+        if len(text) > LONGEST:
+            raise ValueError("it writes too much")
+    return text
+
+
+def _serve() -> None:
+    global LONGEST
+    memory, LONGEST, sys.path[:] = json.loads(sys.stdin.readline())
+    environment, templates = _environment(), dict[str, Any]()
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):
+        pass  # not every system has it; the time is bounded
+    for line in sys.stdin:
+        try:
+            answer = {"text": _answer(environment, templates, json.loads(line))}
+        except (MemoryError, RecursionError) as error:
+            answer = {"error": f"it takes too much memory ({type(error).__name__})"}
+        except Exception as error:  # whatever a template raises
+            answer = {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
