@@ -1,9 +1,9 @@
 """The 4- and 8-bit kinds of a model beside llama.cpp's, as docs/performance.md has them.
 
-Every matrix, the embedding too, goes into the one kind and back to f32, and llama.eval compares
-that file with the source: only the weights' rounding differs. Calibrated means, for ours, error
-feedback, for llama.cpp's an importance matrix, of the same texts. Its kinds are made by its own
-quantiser (pip install xllamacpp); rows that are no whole blocks are padded with zeros.
+Every matrix, the embedding too, goes into the one kind and back to f32, and what such a file says
+is compared with what the source says: only the weights' rounding differs. Calibrated means, for
+ours, error feedback, for llama.cpp's an importance matrix, of the same texts. Its kinds are made
+by its own quantiser (pip install xllamacpp); rows that are no whole blocks are padded with zeros.
 
     python3 tests/compare_kinds.py bin/stories15M.bin --text stories.txt --context 256
 """
@@ -11,22 +11,25 @@ quantiser (pip install xllamacpp); rows that are no whole blocks are padded with
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from llama import Llama
 from llama.calibrate import STAGES, Calibration, texts_of
 from llama.config import Config
-from llama.engine import Floats, Model
+from llama.distance import log_softmax, outputs
+from llama.engine import Engine, Floats, Model
+from llama.eval import Totals, perplexity, windows
 from llama.format import Record, TokenizerKind, Writer
 from llama.peers import load_llama_cpp
 from llama.quant import GROUP, Kind, untile
@@ -145,6 +148,23 @@ def write(model: Model, matrices: Matrices, out: Path) -> None:
             writer.write(record.name, matrices.get(record.name, model.rows(i)))
 
 
+def compare(reference: Path, others: list[Path], ids: list[int], context: int) -> list[Totals]:
+    """Each of OTHERS against REFERENCE, on windows of IDS side by side: the reference, which is as
+    much work as each of them, answers once for all."""
+    found = list(windows("papers", ids, context, None))
+    with ExitStack() as stack:
+        engines = [stack.enter_context(Engine(path, max_seq_len=context, kv="f32"))
+                   for path in [*others, reference]]  # fmt: skip
+        totals = [Totals(sum(window.scored for window in found), 2) for _ in others]
+        for window in tqdm(found, "windows", disable=None):
+            for at, logits in outputs(engines, window.ids, 0, len(window.ids) - 1):
+                right = log_softmax(logits.pop())
+                came = window.ids[at + 1 : at + 1 + len(right)]
+                for total, ours in zip(totals, logits, strict=True):
+                    total.add([log_softmax(ours), right], came)
+    return totals
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bin", type=Path, help="an f32 model")
@@ -152,31 +172,29 @@ def main() -> int:
     parser.add_argument("--calibrate", type=Path, help="default: what the model writes by itself")
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--only", default="", help="kinds whose names begin so")
+    parser.add_argument("--only", default="", help="kinds whose names begin with one of these, ...")
     args = parser.parse_args()
-    print("| kind | bits a weight | perplexity | mean KL | 99th percentile | same token |")
-    print("|---|---|---|---|---|---|", flush=True)
+    wanted = tuple(args.only.split(","))
     with Model(args.bin) as model, tempfile.TemporaryDirectory(dir=args.bin.parent) as folder:
         texts = texts_of(args.bin, 8192, args.calibrate)
+        kinds, files = [], []
         for name, bits, make in candidates(model, texts):
-            if not name.startswith(args.only):
-                continue
-            out = Path(folder) / "kind.bin"
-            write(model, make(), out)
-            done = subprocess.run(
-                [sys.executable, "-m", "llama.eval", "--bin", out, "--against", args.bin, "--text",
-                 args.text, "--tokens", str(args.tokens), "--context", str(args.context),
-                 "--convention", "papers", "--kv=f32", "--json", "-"],
-                capture_output=True, text=True,
-                cwd=Path(__file__).parent.parent,
-            )  # fmt: skip
-            if done.returncode:
-                sys.exit(done.stderr)
-            found = json.loads(done.stdout)["results"][0]
-            kl = found["against"]
-            print(f"| {name} | {bits} | {found['perplexity']['value']:.4f} "
-                  f"| {kl['kl']['value']:.3e} | {kl['kl_99']:.2e} "
-                  f"| {kl['same_token']['value']:.2%} |", flush=True)  # fmt: skip
+            if name.startswith(wanted):
+                kinds.append((name, bits))
+                files.append(Path(folder) / f"{len(files)}.bin")
+                write(model, make(), files[-1])
+                print(name, file=sys.stderr)
+        with Llama(args.bin) as llm:
+            ids = llm.tokenizer.encode(args.text.read_text("utf-8"), bos=True)
+        ids = ids[: -(-args.tokens // (args.context - 1)) * args.context]
+        print("| kind | bits a weight | perplexity | mean KL | 99th percentile | same token |")
+        print("|---|---|---|---|---|---|")
+        totals = compare(args.bin, files, ids, args.context)
+        for (name, bits), total in zip(kinds, totals, strict=True):
+            found = total.comparison()
+            print(f"| {name} | {bits} | {perplexity(total.surprise[0]).value:.4f} "
+                  f"| {found.kl.value:.3e} | {found.kl_99:.2e} | {found.same_token.value:.2%} |")
+        print(f"f32: perplexity {perplexity(total.surprise[1]).value:.4f}, {total.n} tokens scored")
     return 0
 
 
