@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long tokenizers bench
+.PHONY: run test test-long tokenizers bench asan tsan
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -21,6 +21,28 @@ tokenizers: .venv/requirements-dev build/built
 # the passkey at lengths that take minutes
 test-long: .venv/requirements-dev build/built
 	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py
+
+# the suite, or TESTS of it, with gcc's sanitizers in the C code: of memory, leaks and undefined
+# behaviour; of races. Python is not built with them: they are loaded before it, its own allocator
+# is off, and what it leaks itself does not count
+asan: SANITIZER = address
+asan: RUNTIME = libasan.so
+asan: MARKS = not limits_memory
+asan: OPTIONS = LSAN_OPTIONS=exitcode=0 ASAN_OPTIONS=
+tsan: SANITIZER = thread
+tsan: RUNTIME = libtsan.so
+tsan: MARKS = not limits_memory and not forks
+tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
+asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
+asan tsan: .venv/requirements-dev
+	$(IN) CC=gcc cmake -S . -B build/$(SANITIZER) -DSANITIZER=$(SANITIZER)
+	$(IN) cmake --build build/$(SANITIZER) --target llama --parallel
+	rm -f $(REPORT).*
+	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
+	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
+	  $(OPTIONS)allocator_may_return_null=1:log_path=$(REPORT) \
+	  python3 -m pytest -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
+	! grep -hs -B9 -A9 libllama.so $(REPORT).*
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench

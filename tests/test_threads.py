@@ -178,7 +178,7 @@ def test_an_engine_closed_under_running_calls(path: Path, _again: int) -> None:
 
 @pytest.mark.parametrize("_again", range(8))
 def test_a_model_closed_under_running_calls(tmp_path: Path, _again: int) -> None:
-    shape = small_models.config(vocab_size=4000, dim=96, head_dim=24)
+    shape = small_models.config(vocab_size=1000, dim=96, head_dim=24)
     size = matrix_bytes(Kind.Q8, shape.vocab_size, shape.dim)
     model = Model(small_models.of_kind(tmp_path, shape, Kind.F32))
     n = next(i for i, t in enumerate(model.tensors) if t.name == "tok_embeddings.weight")
@@ -222,6 +222,7 @@ FOREIGN = "belongs to another process, which forked: open one here"
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 
+@pytest.mark.forks
 def test_a_forked_child(path: Path) -> None:
     """What it inherits of a session says so, whatever a thread was in the middle of when it
     forked; the file is its own, and so is a session it opens."""
@@ -261,6 +262,7 @@ def test_a_forked_child(path: Path) -> None:
         assert np.array_equal(feed(engine, 40, sequence=1), right)
 
 
+@pytest.mark.forks
 def test_a_fork_of_a_llama_that_speaks(chat: Path) -> None:
     with Llama(chat, threads=2) as llm:
         right = llm.generate("Once", GREEDY).text
