@@ -28,7 +28,9 @@ test-long: .venv/requirements-dev build/built
 asan: SANITIZER = address
 asan: RUNTIME = libasan.so
 asan: MARKS = not limits_memory
-asan: OPTIONS = LSAN_OPTIONS=exitcode=0 ASAN_OPTIONS=
+asan: PLUGIN = -p leaks
+asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=leak_check_at_exit=0:
 tsan: SANITIZER = thread
 tsan: RUNTIME = libtsan.so
 tsan: MARKS = not limits_memory and not forks
@@ -41,8 +43,8 @@ asan tsan: .venv/requirements-dev
 	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
 	  $(OPTIONS)allocator_may_return_null=1:log_path=$(REPORT) \
-	  python3 -m pytest -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
-	! grep -hs -B9 -A9 libllama.so $(REPORT).*
+	  python3 -m pytest --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
+	! grep -hs -B9 -A9 $(CURDIR)/lib/ $(REPORT).*
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench
