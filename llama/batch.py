@@ -207,14 +207,7 @@ class Slots:
 
 
 _all: weakref.WeakSet[Batches] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for batches in list(_all):
-        batches.forked()
-
-
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=lambda: deque(map(Batches.forked, _all), 0))
 
 
 class Batches:

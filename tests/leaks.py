@@ -1,6 +1,6 @@
-"""A plugin of pytest for make asan (-p leaks): LeakSanitizer looks when the tests are done, while the
-library is still loaded and its places in the code have names. What Python itself leaks, which has
-none of them, does not change the exit status."""
+"""A plugin of pytest for make asan (-p leaks): LeakSanitizer looks when the tests are done, while
+the library is still loaded and its places in the code have names. What Python itself leaks, which
+has none of them, does not change the exit status."""
 
 import ctypes
 import gc
