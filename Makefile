@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long tokenizers arm64 fuzz bench
+.PHONY: run test test-long tokenizers arm64 asan tsan fuzz bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -25,6 +25,30 @@ test-long: .venv/requirements-dev build/built
 # the suite's share of arm64 alone; says what it lacks, where it lacks a cross compiler or qemu
 arm64: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest -rs tests/test_neon.py
+
+# the suite, or TESTS of it, with gcc's sanitizers in the C code: of memory, leaks and undefined
+# behaviour; of races. Python is not built with them: they are loaded before it, its own allocator
+# is off, and what it leaks itself does not count
+asan: SANITIZER = address
+asan: RUNTIME = libasan.so
+asan: MARKS = not limits_memory
+asan: PLUGIN = -p leaks
+asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=leak_check_at_exit=0:
+tsan: SANITIZER = thread
+tsan: RUNTIME = libtsan.so
+tsan: MARKS = not limits_memory and not forks
+tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
+asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
+asan tsan: .venv/requirements-dev
+	$(IN) CC=gcc cmake -S . -B build/$(SANITIZER) -DSANITIZER=$(SANITIZER)
+	$(IN) cmake --build build/$(SANITIZER) --target llama --parallel
+	rm -f $(REPORT).*
+	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
+	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
+	  $(OPTIONS)allocator_may_return_null=1:log_path=$(REPORT) \
+	  python3 -m pytest --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
+	! grep -hs -B9 -A9 $(CURDIR)/lib/ $(REPORT).*
 
 # every reader of files and the sampler under libFuzzer, TIME seconds each, two at once; wants clang
 TIME ?= 60

@@ -11,7 +11,8 @@
  * Threads: a model may be used by many threads at once. A session holds one lock for the length
  * of each call, so threads that share it take turns; the caller sees to it that llama_close and
  * llama_session_close come last. A call takes up to 256 KiB of its thread's stack. A forked child
- * may close the sessions it inherits and do nothing else with them. Nothing is global.
+ * may use the models it inherits; the sessions stay its parent's, so that any call with one is an
+ * error and its close does nothing. Nothing is global.
  * Memory: what a function hands out belongs to the library and lives as long as its model or
  * session; the caller owns the buffers it passes in.
  *

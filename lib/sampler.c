@@ -203,8 +203,9 @@ static size_t filter(struct candidate *c, size_t n, const llama_sampling *s, siz
 /* typical_p: how many of the N kept remain; they move to the front. A token counts as typical as
  * its surprise, -ln p, is near the mean surprise, the entropy; ties with the last one stay. */
 static int64_t typical(struct candidate *c, size_t n, double typical_p) {
-    struct candidate *near = malloc(2 * n * sizeof *near), *left = near + n;
+    struct candidate *near = malloc(2 * n * sizeof *near);
     if (!near) return fail("out of memory for sampling");
+    struct candidate *left = near + n;
     double total = weigh(c, n), mean = 0, sum = 0;
     for (size_t i = 0; i < n; i++)
         if (c[i].logit > -INFINITY) mean += weight(c[i]) / total * (double)c[i].logit;

@@ -24,7 +24,7 @@ struct llama_session {
     void *state;           // the backend's
     struct cache cache;
     pthread_mutex_t lock;  // held through each call
-    pid_t process;         // that opened it; a fork of it has no worker threads
+    pid_t process;         // that opened it; a fork has a copy, and no worker threads
     llama_session_info info;
     float *kept;           // (n_kept, n_outputs) logits of the last forward; where they are
     size_t n_kept, kept_room;
@@ -74,8 +74,16 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
     return 0;
 }
 
+/* Takes the lock; in a fork of the session's process its holder may be gone. */
+static int session_lock(llama_session *s) {
+    if (s->process != getpid())
+        return fail("this session belongs to another process, which forked: open one here");
+    pthread_mutex_lock(&s->lock);
+    return 0;
+}
+
 void llama_session_close(llama_session *s) {
-    if (!s) return;
+    if (!s || s->process != getpid()) return; // a copy, perhaps taken in the middle of a call
     cache_close(&s->cache);
     s->backend->close(s->state);
     pthread_mutex_destroy(&s->lock);
@@ -87,7 +95,7 @@ void llama_session_close(llama_session *s) {
 
 int llama_get_session_info(llama_session *s, llama_session_info *info) {
     if (!s || !info) return fail("llama_get_session_info: an argument is NULL");
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     *info = s->info;
     info->kv_bytes = s->cache.n_all * info->kv_bytes_per_position * PAGE_POSITIONS;
     info->scratch_bytes += s->kept_room * s->model->model.config.n_outputs * sizeof(float);
@@ -212,16 +220,10 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
     return rc;
 }
 
-static int check_process(const llama_session *s) {
-    if (s->process == getpid()) return 0;
-    return fail("this session belongs to another process, which forked: open one here");
-}
-
 int llama_forward(llama_session *s, const llama_batch *batch, float *logits) {
     if (!s || !batch || (batch->n && !(batch->tokens && batch->sequences && batch->positions)))
         return fail("llama_forward: an argument is NULL");
-    if (check_process(s)) return -1;
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = forward_locked(s, batch, logits);
     pthread_mutex_unlock(&s->lock);
     return rc;
@@ -239,7 +241,7 @@ int llama_length(llama_session *s, int32_t sequence, uint32_t *length) {
     const struct sequence *q = sequence_find(s, sequence);
     if (!q) return -1;
     if (!length) return fail("llama_length: length is NULL");
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     *length = q->length;
     pthread_mutex_unlock(&s->lock);
     return 0;
@@ -248,7 +250,7 @@ int llama_length(llama_session *s, int32_t sequence, uint32_t *length) {
 int llama_trim(llama_session *s, int32_t sequence, uint32_t length) {
     const struct sequence *q = sequence_find(s, sequence);
     if (!q) return -1;
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = length <= q->length ? 0 : fail("cannot trim sequence %d to %u: it has %u positions",
                                             sequence, length, q->length);
     if (!rc) cache_trim(&s->cache, sequence, length);
@@ -260,7 +262,7 @@ int llama_fork(llama_session *s, int32_t from, int32_t to, uint32_t length) {
     const struct sequence *q = sequence_find(s, from);
     if (!q || !sequence_find(s, to)) return -1;
     if (from == to) return fail("cannot fork sequence %d onto itself", from);
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = length <= q->length ? cache_fork(&s->cache, from, to, length)
                                  : fail("cannot fork %u positions of sequence %d: it has %u",
                                         length, from, q->length);
@@ -287,8 +289,7 @@ static int stage_locked(llama_session *s, const llama_stage *g) {
 
 int llama_run_stage(llama_session *s, const llama_stage *stage) {
     if (!s || !stage || !stage->stream) return fail("llama_run_stage: an argument is NULL");
-    if (check_process(s)) return -1;
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = stage_locked(s, stage);
     pthread_mutex_unlock(&s->lock);
     return rc;
@@ -309,8 +310,8 @@ static int slide_locked(llama_session *s, int32_t sequence, uint32_t first, uint
 }
 
 int llama_slide(llama_session *s, int32_t sequence, uint32_t first, uint32_t count) {
-    if (!sequence_find(s, sequence) || check_process(s)) return -1;
-    pthread_mutex_lock(&s->lock);
+    if (!sequence_find(s, sequence)) return -1;
+    if (session_lock(s)) return -1;
     int rc = slide_locked(s, sequence, first, count);
     pthread_mutex_unlock(&s->lock);
     return rc;
@@ -331,9 +332,9 @@ static int check_kv(const llama_session *s, int32_t sequence, uint32_t first, ui
 int llama_read_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, void *kv,
                   size_t n_bytes) {
     const struct sequence *q = sequence_find(s, sequence);
-    if (!q || check_process(s)) return -1;
+    if (!q) return -1;
     if (!kv) return fail("llama_read_kv: kv is NULL");
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = check_kv(s, sequence, first, n, n_bytes, q->length);
     if (!rc && n) rc = s->backend->read(s->state, q, first, n, kv);
     pthread_mutex_unlock(&s->lock);
@@ -357,9 +358,9 @@ static int write_locked(llama_session *s, int32_t sequence, uint32_t first, uint
 
 int llama_write_kv(llama_session *s, int32_t sequence, uint32_t first, uint32_t n, const void *kv,
                    size_t n_bytes) {
-    if (!sequence_find(s, sequence) || check_process(s)) return -1;
+    if (!sequence_find(s, sequence)) return -1;
     if (!kv) return fail("llama_write_kv: kv is NULL");
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     int rc = write_locked(s, sequence, first, n, kv, n_bytes);
     pthread_mutex_unlock(&s->lock);
     return rc;
@@ -439,7 +440,7 @@ int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
                  const int32_t *seen, size_t n_seen, size_t n_said, uint64_t completion,
                  uint64_t position, int32_t *token) {
     if (!s) return fail("llama_sample: session is NULL");
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     const double random = sampling ? sampler_random(sampling->seed, completion, position) : 0;
     int rc = sample_locked(s, row, sampling, seen, n_seen, n_said, random, token);
     pthread_mutex_unlock(&s->lock);
@@ -454,7 +455,7 @@ int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob,
     if (token < 0 || (size_t)token >= vocab_size || n > vocab_size)
         return fail("logprobs of token id %d and %zu others, expected below %zu", token, n,
                     vocab_size);
-    pthread_mutex_lock(&s->lock);
+    if (session_lock(s)) return -1;
     const float *logits = kept_row(s, row);
     int rc = logits ? sampler_logprobs(logits, vocab_size, token, logprob, n, ids, top) : -1;
     if (rc && logits) explain(s, row, logits);

@@ -8,8 +8,10 @@ Results do not depend on the company: the engine's logits are the same alone and
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -204,6 +206,10 @@ class Slots:
         return oldest
 
 
+_all: weakref.WeakSet[Batches] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: deque(map(Batches.forked, _all), 0))
+
+
 class Batches:
     """Runs completions, step by step. Several threads may: each has its own run, and their
     forward passes take turns."""
@@ -214,8 +220,14 @@ class Batches:
         self.slots = Slots(engine)
         self.counters = Counters()
         self.turns = Turns()
-        self.closed = False
+        self.closed = ""  # why nobody may use it any more
         self._chunk = 64  # until the first prompt shows how fast this machine is
+        _all.add(self)
+
+    def forked(self) -> None:
+        """In a forked process: the engine is its parent's, and who holds a lock is not here."""
+        self.closed = "belongs to another process, which forked: open one here"
+        self.turns, self.slots = Turns(), Slots(self.engine)
 
     @property
     def chunk(self) -> int:
@@ -485,7 +497,7 @@ class Batches:
 
     def check_open(self) -> None:
         if self.closed:
-            raise LlamaError("this Llama is closed")
+            raise LlamaError(f"this Llama {self.closed}")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,28 +104,25 @@ class Model:
             raise LlamaError(f"{os.fsdecode(name)!r}: a file's name cannot hold a null character")
         handle = ffi.new("llama_model **")
         check(lib.llama_open(name, handle))
-        self._handle = handle[0]
+        self._handle = ffi.gc(handle[0], lib.llama_close)
 
     @property
     def handle(self) -> Any:
-        if self._handle is None:
+        """What the library calls this model; it stays open for whoever holds this."""
+        handle = self._handle
+        if handle is None:
             raise LlamaError(f"{self.path}: used after close()")
-        return self._handle
+        return handle
 
     def close(self) -> None:
-        if self._handle is not None:
-            lib.llama_close(self._handle)
-            self._handle = None
+        """Frees it, or leaves that to the last call that another thread is in."""
+        self._handle = None
 
     def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None:
-            self.close()
 
     @property
     def config(self) -> Config:
@@ -152,9 +148,9 @@ class Model:
     def meta(self) -> dict[str, int | float | str | bytes]:
         """The file's key-value section."""
         entries: dict[str, int | float | str | bytes] = {}
-        m = ffi.new("llama_meta *")
-        for i in range(lib.llama_count_meta(self.handle)):
-            check(lib.llama_get_meta(self.handle, i, m))
+        m, handle = ffi.new("llama_meta *"), self.handle
+        for i in range(lib.llama_count_meta(handle)):
+            check(lib.llama_get_meta(handle, i, m))
             key = ffi.string(m.key).decode("ascii")
             if m.type == lib.LLAMA_META_INT:
                 entries[key] = int(m.integer)
@@ -170,16 +166,16 @@ class Model:
     @property
     def tokenizer(self) -> tuple[str, bytes]:
         """("none" | "sentencepiece" | "json" | "tiktoken", its file's bytes)"""
-        data, n = ffi.new("const uint8_t **"), ffi.new("size_t *")
-        kind = lib.llama_get_tokenizer(self.handle, data, n)
+        data, n, handle = ffi.new("const uint8_t **"), ffi.new("size_t *"), self.handle
+        kind = lib.llama_get_tokenizer(handle, data, n)
         return TOKENIZERS[kind], bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
 
     @cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of the file up to its tensor data: it holds the checksum of every tensor, so no
         two models have the same."""
-        data, n = ffi.new("const uint8_t **"), ffi.new("size_t *")
-        check(lib.llama_get_header(self.handle, data, n))
+        data, n, handle = ffi.new("const uint8_t **"), ffi.new("size_t *"), self.handle
+        check(lib.llama_get_header(handle, data, n))
         return hashlib.sha256(ffi.buffer(data[0], n[0])).digest()
 
     @property
@@ -187,8 +183,8 @@ class Model:
         return [self._tensor(i) for i in range(lib.llama_count_tensors(self.handle))]
 
     def _tensor(self, index: int) -> Tensor:
-        t = ffi.new("llama_tensor *")
-        check(lib.llama_get_tensor(self.handle, index, t))
+        t, handle = ffi.new("llama_tensor *"), self.handle
+        check(lib.llama_get_tensor(handle, index, t))
         shape = tuple(int(n) for n in t.shape)[: t.n_dims]
         name = ffi.string(t.name).decode("ascii")
         return Tensor(name, Kind(t.kind), shape, int(t.bytes), int(t.crc32))
@@ -305,8 +301,6 @@ class Engine:
         if max_seq_len is not None and not 1 <= max_seq_len <= 1 << 24:
             raise LlamaError(f"max_seq_len is {max_seq_len}, expected 1 to {1 << 24}")
         self._session: Any = None
-        # so that close() waits for a call that another thread is in
-        self._turn = threading.RLock()
         self.model = Model(path)
         options = ffi.new("llama_session_options *")
         _alive = options.isa = ffi.new("char[]", isa.encode()) if isa else ffi.NULL
@@ -337,20 +331,19 @@ class Engine:
         name, session = ffi.new("char[]", device.encode()), ffi.new("llama_session **")
         options.device = name
         check(lib.llama_session_open(self.model.handle, options, session))
-        self._session = session[0]
+        self._session = ffi.gc(session[0], lib.llama_session_close)
 
     @property
     def handle(self) -> Any:
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise LlamaError(f"{self.model.path}: used after close()")
-        return self._session
+        return session
 
     def close(self) -> None:
-        with self._turn:
-            if self._session is not None:
-                lib.llama_session_close(self._session)
-                self._session = None
-                self.model.close()
+        """Frees it all, or leaves that to the last call that another thread is in."""
+        self._session = None
+        self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -358,14 +351,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_session", None) is not None:
-            self.close()
-
     def info(self) -> SessionInfo:
         i = ffi.new("llama_session_info *")
-        with self._turn:
-            check(lib.llama_get_session_info(self.handle, i))
+        check(lib.llama_get_session_info(self.handle, i))
         return SessionInfo(
             device=ffi.string(i.device).decode(), isa=ffi.string(i.isa).decode(),
             threads=i.threads, activations=i.activations, kv_kind=Kind(i.kv_kind).label,
@@ -393,8 +381,7 @@ class Engine:
         batch, wanted, alive = _batch(tokens, sequences, positions, want, rope_lengths)
         batch.hidden = hidden
         if keep:
-            with self._turn:
-                check(lib.llama_forward(self.handle, batch, ffi.NULL))
+            check(lib.llama_forward(self.handle, batch, ffi.NULL))
             return None
         out = self._run(batch, wanted, self.config.dim if hidden else self.config.n_outputs)
         del alive
@@ -418,50 +405,43 @@ class Engine:
         out = np.empty((wanted, width), np.float32)
         # one float of room even when no row is wanted: NULL would mean "keep"
         room = out if out.size else np.empty(1, np.float32)
-        with self._turn:
-            check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", room)))
+        check(lib.llama_forward(self.handle, batch, ffi.from_buffer("float[]", room)))
         return out
 
     def length(self, sequence: int) -> int:
         """Positions that SEQUENCE holds."""
         n = ffi.new("uint32_t *")
-        with self._turn:
-            check(lib.llama_length(self.handle, _sequence(sequence), n))
+        check(lib.llama_length(self.handle, _sequence(sequence), n))
         return int(n[0])
 
     def trim(self, sequence: int, length: int) -> None:
         """Forgets SEQUENCE's positions from LENGTH on."""
         length = _within("length", length)
-        with self._turn:
-            check(lib.llama_trim(self.handle, _sequence(sequence), length))
+        check(lib.llama_trim(self.handle, _sequence(sequence), length))
 
     def fork(self, source: int, target: int, length: int) -> None:
         """TARGET becomes the first LENGTH positions of SOURCE, sharing memory."""
         length = _within("length", length)
-        with self._turn:
-            check(lib.llama_fork(self.handle, _sequence(source), _sequence(target), length))
+        check(lib.llama_fork(self.handle, _sequence(source), _sequence(target), length))
 
     def slide(self, sequence: int, first: int, count: int) -> None:
         """Drops SEQUENCE's positions [first, first + count); those behind them move down."""
         first, count = _within("first position", first), _within("count", count)
-        with self._turn:
-            check(lib.llama_slide(self.handle, _sequence(sequence), first, count))
+        check(lib.llama_slide(self.handle, _sequence(sequence), first, count))
 
     def read_kv(self, sequence: int, first: int, n: int) -> bytearray:
         """Keys and values of SEQUENCE's positions [first, first + n), as lib/llama.h lays them."""
         first, n = _within("first position", first), _within("count", n, self.max_seq_len)
         out = bytearray(n * self.info().kv_bytes_per_position)
-        with self._turn:
-            check(lib.llama_read_kv(self.handle, _sequence(sequence), first, n,
-                                    ffi.from_buffer(out), len(out)))  # fmt: skip
+        check(lib.llama_read_kv(self.handle, _sequence(sequence), first, n,
+                                ffi.from_buffer(out), len(out)))  # fmt: skip
         return out
 
     def write_kv(self, sequence: int, first: int, n: int, kv: bytes | bytearray) -> None:
         """Adds what read_kv() gave behind SEQUENCE's positions, which end at FIRST."""
         first, n = _within("first position", first), _within("count", n)
-        with self._turn:
-            check(lib.llama_write_kv(self.handle, _sequence(sequence), first, n,
-                                     ffi.from_buffer(kv), len(kv)))  # fmt: skip
+        check(lib.llama_write_kv(self.handle, _sequence(sequence), first, n,
+                                 ffi.from_buffer(kv), len(kv)))  # fmt: skip
 
     def sample(
         self, row: int, params: SamplingParams, seen: ArrayLike, completion: int, position: int,
@@ -471,9 +451,8 @@ class Engine:
         of them the completion's own. MU: mirostat's one number, begun at 2 tau, moved here."""
         ids, token = _int32("seen", seen), ffi.new("int32_t *")
         row, (sampling, _alive) = _within("row", row), _sampling(params, mu)
-        with self._turn:
-            check(lib.llama_sample(self.handle, row, sampling, _ints(ids), len(ids), said,
-                                   completion, position, token))  # fmt: skip
+        check(lib.llama_sample(self.handle, row, sampling, _ints(ids), len(ids), said,
+                               completion, position, token))  # fmt: skip
         return int(token[0])
 
     def logprobs(self, row: int, token: int, n: int) -> tuple[float, dict[int, float]]:
@@ -481,8 +460,7 @@ class Engine:
         logprob, row = ffi.new("double *"), _within("row", row)
         n = _within("logprobs", n, self.config.vocab_size)
         ids, top = ffi.new("int32_t[]", n), ffi.new("double[]", n)
-        with self._turn:
-            check(lib.llama_logprobs(self.handle, row, token, logprob, n, ids, top))
+        check(lib.llama_logprobs(self.handle, row, token, logprob, n, ids, top))
         return float(logprob[0]), dict(zip(ids, top, strict=True))
 
 

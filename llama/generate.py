@@ -397,7 +397,7 @@ class Llama(Heads):
         """Frees the model; a second close does nothing, any other use is a LlamaError."""
         with self._batches.turns:
             if not self._batches.closed:
-                self._batches.closed = True
+                self._batches.closed = "is closed"
                 self._engine.close()
         if self._own_draft is not None:
             self._own_draft.close()

@@ -28,7 +28,7 @@ void check(int good, const char *format, ...) {
         passed++;
         return;
     }
-    if (failed++ > 40)
+    if (failed++ > 40 || quick > 1)
         return;
     printf("FAILED: ");
     va_start(args, format);
@@ -120,9 +120,11 @@ int near(double want, double got, double bound) {
 // ---- matmul
 
 enum { N_KINDS = LLAMA_Q4 + 1 };
-enum scene { PLAIN, LOW, HIGH, LOWEST, TINY, HUGE_SCALES, SPECIAL, ZEROS, N_SCENES };
-static const char *const scene_names[] = {"plain",       "codes -127", "codes 127", "codes -128",
-                                          "tiny scales", "huge",       "specials",  "zeros"};
+enum scene { PLAIN, LOW, HIGH, LOWEST, LOW_HIGH, HIGH_LOW, TINY, HUGE_SCALES, SPECIAL, ZEROS,
+             N_SCENES };
+static const char *const scene_names[] = {
+    "plain", "codes -127", "codes 127", "codes -128", "codes -128, inputs 127",
+    "codes 127, inputs -127", "tiny scales", "huge", "specials", "zeros"};
 
 typedef void matmul_entry(const struct matmul *m, size_t first, size_t last);
 
@@ -150,11 +152,11 @@ static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum 
         }
         for (uint32_t i = 2 * TILE_ROWS; i < k->block_bytes; i++) {
             uint32_t at = (i - 2 * TILE_ROWS) % 64 / 4 * k->columns;
-            p[i] = scene == LOW      ? (kind == 3 ? 0x81 : 0x11)
-                   : scene == HIGH   ? (kind == 3 ? 0x7f : 0xff)
-                   : scene == LOWEST ? (kind == 3 ? 0x80 : 0x00)
-                   : scene == ZEROS  ? (kind == 3 ? 0x00 : 0x88)
-                                     : (uint8_t)random_bits();
+            p[i] = scene == LOW                           ? (kind == 3 ? 0x81 : 0x11)
+                   : scene == HIGH || scene == HIGH_LOW   ? (kind == 3 ? 0x7f : 0xff)
+                   : scene == LOWEST || scene == LOW_HIGH ? (kind == 3 ? 0x80 : 0x00)
+                   : scene == ZEROS                       ? (kind == 3 ? 0x00 : 0x88)
+                                                          : (uint8_t)random_bits();
             uint16_t d = f32_to_f16(values[at] * (scene == TINY ? 1 : 0.1f));
             memcpy(p + at / k->columns * 2, &d, sizeof d);
         }
@@ -170,10 +172,11 @@ static struct input make_input(size_t n, size_t columns, enum scene scene) {
     int32_t *sum = guarded(n * groups * sizeof *sum);
     for (size_t t = 0; t < n; t++) {
         for (size_t c = 0; c < columns; c++)
-            x[t * stride + c] = scene == SPECIAL && random_bits() % 100 == 0 ? special()
-                                : scene == LOW || scene == LOWEST             ? -3.f
-                                : scene == HIGH                               ? 3.f
-                                                                              : uniform();
+            x[t * stride + c] =
+                scene == SPECIAL && random_bits() % 100 == 0              ? special()
+                : scene == LOW || scene == LOWEST || scene == HIGH_LOW ? -3.f
+                : scene == HIGH || scene == LOW_HIGH                    ? 3.f
+                                                                        : uniform();
         sets[n_sets - 1]->quantize_row(x + t * stride, columns, q + t * groups * GROUP,
                                        d + t * groups, sum + t * groups);
     }
@@ -233,7 +236,7 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
 static void test_matmuls(void) {
     static const size_t columns[] = {1, 31, 32, 33, 100, 576, 2081, 4600},
                         strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
-    const size_t most = quick ? 30000 : 300000; // scalar.c takes its time
+    const size_t most = quick > 1 ? 3000 : quick ? 30000 : 300000; // scalar.c takes its time
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
         if (!kind_find(kind)) continue;
         for (size_t s = 0; s < 5; s++)
@@ -241,10 +244,35 @@ static void test_matmuls(void) {
                 for (size_t n = 0; n < 8; n++)
                     if (strips[s] * columns[c] * tokens[n] < most)
                         test_matmul(kind, strips[s], columns[c], tokens[n], PLAIN);
-        for (int scene = LOW; scene < N_SCENES; scene++)
+        for (int scene = LOW; scene < N_SCENES && quick < 2; scene++)
             for (size_t n = 0; n < 8; n++)
                 test_matmul(kind, 3, n % 2 ? 100 : 576, tokens[n], (enum scene)scene);
     }
+}
+
+// ---- every entry has a test
+
+static void nothing(void) {}
+
+/* Whatever stands in struct kernels must have a test: the checks fail for a set whose entry does
+ * nothing, one entry after the other. */
+static void test_tests(void) {
+    enum { ENTRIES = (sizeof(struct kernels) - sizeof(char *)) / sizeof(&nothing) };
+    const struct kernels *const scalar = sets[n_sets - 1], *const first = sets[0];
+    const size_t n = n_sets;
+    const int before = quick;
+    for (size_t i = 0; i < ENTRIES; i++) {
+        struct kernels idle = *scalar;
+        void (*entry)(void) = nothing;
+        memcpy((char *)&idle + sizeof(char *) + i * sizeof entry, &entry, sizeof entry);
+        const size_t good = passed, bad = failed;
+        quick = 2, n_sets = 2, sets[0] = &idle, sets[1] = scalar;
+        test_matmuls(), test_rows(), test_attention(), test_fits();
+        const size_t found = failed - bad;
+        quick = before, passed = good, failed = bad;
+        check(found > 0, "entry %zu of struct kernels has no test", i + 1);
+    }
+    n_sets = n, sets[0] = first;
 }
 
 // ---- all
@@ -283,6 +311,7 @@ int main(int argc, char **argv) {
     run("rows", test_rows);
     run("attention", test_attention);
     run("fits", test_fits);
+    run("tests", test_tests);
     printf("%zu passed, %zu failed\n", passed, failed);
     return failed > 0;
 }

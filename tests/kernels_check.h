@@ -8,7 +8,7 @@
 
 extern const struct kernels *sets[8]; // what this CPU runs, best first, scalar last
 extern size_t n_sets;
-extern int quick;                     // less of what takes long
+extern int quick;                     // less of what takes long; 2: the least, and nothing said
 
 /* Counts a check; when it is not GOOD, prints which. */
 void check(int good, const char *format, ...) __attribute__((format(printf, 2, 3)));

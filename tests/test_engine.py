@@ -6,12 +6,8 @@ is as it was.
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -326,101 +322,6 @@ def test_use_after_close(path: Path) -> None:
             call()
 
 
-def test_closing_waits_for_a_running_call(path: Path) -> None:
-    """Each thread goes on until the door is shut on it; nobody's memory goes under its feet."""
-    for _ in range(8):
-        engine = Engine(path, threads=2)
-        ends: list[str] = []
-
-        def work(sequence: int, engine: Engine = engine, ends: list[str] = ends) -> None:
-            try:
-                for _ in range(10_000):
-                    feed(engine, 50, sequence)
-                    engine.trim(sequence, 0)
-            except LlamaError as error:
-                ends.append(str(error))
-
-        threads = [threading.Thread(target=work, args=(s,)) for s in range(3)]
-        for thread in threads:
-            thread.start()
-        feed(engine, 100, sequence=9)
-        engine.close()
-        for thread in threads:
-            thread.join()
-        assert len(ends) == 3 and all("used after close" in end for end in ends)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_forked_child_lets_go_of_what_it_inherits(path: Path) -> None:
-    """Its parent's workers are not there: it may close the session, and nothing waits for them."""
-    with Engine(path, threads=3) as engine:
-        right = feed(engine, 40)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                feed(engine, 1, start=40)
-            except LlamaError as error:
-                status = 0 if "another process" in str(error) else 2
-            finally:
-                engine.close()
-                os._exit(status)
-        deadline = time.monotonic() + 20
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.01)
-        assert done == (child, 0)
-        assert np.array_equal(feed(engine, 40, sequence=1), right)
-
-
-def test_threads_share_an_engine(path: Path) -> None:
-    with Engine(path, threads=2) as engine:
-        right = feed(engine, 60, sequence=200)
-        wrong: list[int] = []
-
-        def work(sequence: int) -> None:
-            for _ in range(20):
-                at = 0
-                for n in (1, 20, 3, 36):
-                    got = feed(engine, n, sequence, start=at)
-                    if not np.array_equal(got, right[at : at + n]):
-                        wrong.append(sequence)
-                    at += n
-                engine.fork(sequence, sequence + 50, 33)
-                engine.trim(sequence, 0)
-                engine.info()
-
-        threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
-        assert np.array_equal(feed(engine, 27, 53, start=33), right[33:])
-
-
-def test_errors_are_each_threads_own(path: Path) -> None:
-    with Engine(path) as engine:
-        seen: dict[int, set[str]] = {}
-
-        def work(sequence: int) -> None:
-            found = seen.setdefault(sequence, set())
-            for _ in range(200):
-                try:
-                    engine.trim(sequence, sequence + 1)
-                except LlamaError as error:
-                    found.add(str(error))
-
-        threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for s, messages in seen.items():
-        assert messages == {f"cannot trim sequence {s} to {s + 1}: it has 0 positions"}
-
-
 # --- what it holds
 
 
@@ -469,6 +370,7 @@ def test_pages_are_taken_on_demand_and_used_again(path: Path, kv: str) -> None:
         assert pages() == 5
 
 
+@pytest.mark.limits_memory
 def test_no_memory_for_a_page_changes_nothing(tmp_path: Path) -> None:
     """A batch of two sequences that share a page, with room left for a few pages of 512 KB."""
     shape = small_models.config(dim=64, head_dim=64, n_heads=8, n_kv_heads=8, n_layers=4,

@@ -231,6 +231,7 @@ def test_dynamic_scaling_slides_only_within_the_original_length(tmp_path: Path) 
         assert engine.length(0) == 45
 
 
+@pytest.mark.limits_memory
 def test_no_memory_for_a_page_leaves_the_sequence(tmp_path: Path) -> None:
     """A slide that must copy 200 shared pages of 512 KB, with room for some of them."""
     shape = small_models.config(dim=64, head_dim=64, n_heads=8, n_kv_heads=8, n_layers=4,

@@ -23,7 +23,6 @@ struct pool {
     int threads;              // the caller included
     pthread_t *workers;       // (threads - 1)
     int started;
-    pid_t process;            // in which they run: a fork has the pool, and none of them
 
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
@@ -157,7 +156,6 @@ struct pool *pool_open(int threads) {
     if (!p) return fail("out of memory for the thread pool"), NULL;
     p->threads = threads ? threads : cores();
     if (p->threads > MOST_THREADS) p->threads = MOST_THREADS;
-    p->process = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
@@ -182,14 +180,12 @@ struct pool *pool_open(int threads) {
 
 void pool_close(struct pool *p) {
     if (!p) return;
-    if (p->process == getpid()) { // else each of these would wait for the parent's workers
-        atomic_store(&p->stop, true);
-        announce_step(p);
-        for (int i = 0; i < p->started; i++) pthread_join(p->workers[i], NULL);
-        pthread_mutex_destroy(&p->lock);
-        pthread_cond_destroy(&p->wake);
-        pthread_cond_destroy(&p->done);
-    }
+    atomic_store(&p->stop, true);
+    announce_step(p);
+    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i], NULL);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
     free(p->workers);
     free(p);
 }

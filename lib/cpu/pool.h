@@ -11,7 +11,6 @@ struct pool;
 
 /* THREADS 0: one for each core this process may run on. NULL with fail() on failure. */
 struct pool *pool_open(int threads);
-/* Also right in a forked child, which may do nothing else with its parent's pool. */
 void pool_close(struct pool *pool);
 int pool_threads(const struct pool *pool);
 /* Calls work(context, first, last) for ranges of at least GRAIN, but for the last, that cover
