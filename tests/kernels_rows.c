@@ -407,7 +407,7 @@ static void test_fit(float size, float middle, int scene) {
         float most = 0;
         for (size_t c = 0; c < GROUP; c++)
             most = fmaxf(most, w[c] > 0 ? fabsf(x[c * TILE_ROWS + r]) : 0);
-        if (size < 1e-4f) continue; // there the scale's own steps decide
+        if (size < 2e-4f) continue; // there the scale's own steps decide
         const double error = fit_error(x, w, want[r], want[r + TILE_ROWS], r);
         worse += error > 1.001 * fit_error(x, w, 0, 0, r);
         worse += error > 1.2 * fit_error(x, w, most / 107, 0, r) + 1e-12;
