@@ -55,7 +55,7 @@ void llama_close(llama_model *model) {
 int llama_get_config(const llama_model *model, llama_config *config) {
     if (!model || !config) return fail("llama_get_config: an argument is NULL");
     *config = model->model.config;
-    return 0;
+    return file_done(&model->model.file, 0);
 }
 
 size_t llama_count_tensors(const llama_model *model) {
@@ -135,8 +135,8 @@ int llama_multiply(const llama_model *model, size_t tensor, size_t first, size_t
     if (!model || !x || !y) return fail("llama_multiply: an argument is NULL");
     const struct file *f = &model->model.file;
     if (encode_check(f, tensor, first, n, kind, blocks ? &block_bytes : NULL)) return -1;
-    return file_done(f, products_make(&f->tensors[tensor], first, n, kind_find(kind), blocks, x, n_x,
-                                      threads, y));
+    return file_done(f, products_make(&f->tensors[tensor], first, n, kind_find(kind), blocks, x,
+                                      n_x, threads, y));
 }
 
 int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int threads,
