@@ -50,7 +50,7 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def child(code: str, model: Path, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", START + code, str(model)], capture_output=True, text=True,
-        cwd=ROOT, timeout=60, check=False, **options,
+        cwd=ROOT, timeout=120, check=False, **options,
     )  # fmt: skip
 
 

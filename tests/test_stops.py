@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 
 from llama import Llama, temporary
-from llama.checkpoints.mapped import Mapped
-from llama.errors import LlamaError
 
 ROOT = Path(__file__).resolve().parent.parent
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129,
@@ -59,42 +56,36 @@ def start(script: str, *words: object, first: str = "", **options: Any) -> subpr
                             stderr=subprocess.PIPE, cwd=ROOT, **options)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = small_models.config()
-    folder = tmp_path_factory.mktemp("source") / "hf"
-    return small_models.write_hf(folder, shape, small_models.weights(shape, "bf16"))
-
-
-def flags(script: str, checkpoint: Path, tiny: Path, out: Path) -> list[object]:
+def flags(script: str, data: Path, tiny: Path, out: Path) -> list[object]:
     if script == "export.py":
-        return [checkpoint, "--out", out, "--force"]
+        tokenizer = data / "tokenizers" / "tok512.bin"
+        return [data / "weights" / "stories260K.bin", "--tokenizer", tokenizer, "--out", out,
+                "--force"]  # fmt: skip
     return [f"--bin={tiny}", "--bits=8", "--out", out, "--force"]
 
 
 @pytest.mark.parametrize("script", ["export.py", "quantize.py"])
-def test_writers(script: str, checkpoint: Path, tiny: Path, tmp_path: Path) -> None:
+def test_writers(script: str, data: Path, tiny: Path, tmp_path: Path) -> None:
     """Each signal in a folder of its own; then the file is written again where SIGKILL left some,
     beside one that somebody is writing."""
     running = {}
-    for sign in STATUS:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         out = tmp_path / sign.name / "a.bin"
         out.parent.mkdir()
         out.write_text("old")
-        words = flags(script, checkpoint, tiny, out)
+        words = flags(script, data, tiny, out)
         running[sign] = start(script, *words, first=STOP.format(int(sign))), out
     for sign, (process, out) in running.items():
-        text, errors = process.communicate(timeout=60)
+        text, errors = process.communicate(timeout=120)
         assert (process.returncode, text) == (STATUS[sign], ""), errors
         assert "Traceback" not in errors and out.read_text() == "old"
-        assert ("interrupted, nothing was written" in errors) == (sign == signal.SIGINT)
         killed = [f"a.bin.tmp-{process.pid}"] if sign == signal.SIGKILL else []
         assert sorted(p.name for p in out.parent.iterdir()) == ["a.bin", *killed]
     busy = out.parent / "a.bin.tmp-1"
     with open(busy, "wb") as file:
         temporary.hold(file.fileno())
-        process = start(script, *flags(script, checkpoint, tiny, out))
-        _, errors = process.communicate(timeout=60)
+        process = start(script, *flags(script, data, tiny, out))
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert sorted(out.parent.iterdir()) == [out, busy] and out.stat().st_size > 1000
 
@@ -144,38 +135,30 @@ def limit() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 
 
-def test_writers_on_a_full_disk(
-    checkpoint: Path, tiny: Path, small_disk: Callable[[], Path]
-) -> None:
+def test_writers_on_a_full_disk(data: Path, tiny: Path, small_disk: Callable[[], Path]) -> None:
     running = []
     for script in ("export.py", "quantize.py"):
-        for first in ("", BLIND):
-            out = small_disk() / "a.bin"
-            out.write_text("old")
-            words = flags(script, checkpoint, tiny, out)
-            running.append((start(script, *words, first=first), script, first, out))
-    for process, script, first, out in running:
-        _, errors = process.communicate(timeout=60)
-        line = errors.splitlines()[-1]
-        assert process.returncode == 1 and line.startswith(f"{script}: {out}: "), errors
-        assert ("cannot write: No space left on device" if first else "bytes of disk") in line
-        assert out.read_text() == "old" and list(out.parent.iterdir()) == [out]
-
-
-def test_writers_at_the_longest_file(checkpoint: Path, tiny: Path, tmp_path: Path) -> None:
-    """What needs no rights to mount: a limit on a file's length."""
-    running = []
-    for script in ("export.py", "quantize.py"):
-        out = tmp_path / script / "a.bin"
-        out.parent.mkdir()
+        out = small_disk() / "a.bin"
         out.write_text("old")
-        words = flags(script, checkpoint, tiny, out)
-        running.append((start(script, *words, preexec_fn=limit), script, out))
+        words = flags(script, data, tiny, out)
+        running.append((start(script, *words, first=BLIND), script, out))
     for process, script, out in running:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 1 and "Traceback" not in errors
-        assert errors.splitlines()[-1] == f"{script}: {out}: cannot write: File too large"
+        line = f"{script}: {out}: cannot write: No space left on device"
+        assert errors.splitlines()[-1] == line
         assert out.read_text() == "old" and list(out.parent.iterdir()) == [out]
+
+
+def test_export_at_the_longest_file(data: Path, tiny: Path, tmp_path: Path) -> None:
+    """What needs no rights to mount: a limit on a file's length."""
+    out = tmp_path / "a.bin"
+    out.write_text("old")
+    process = start("export.py", *flags("export.py", data, tiny, out), preexec_fn=limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"export.py: {out}: cannot write: File too large"
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
 
 
 # --- conversations
@@ -187,17 +170,18 @@ def test_a_session(tiny: Path, tmp_path: Path, small_disk: Callable[[], Path]) -
     (tmp_path / "kill").mkdir()
     full, killed = small_disk() / "a.session", tmp_path / "kill" / "a.session"
     with Llama(tiny) as llm:
-        llm.save_session(full, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}])
+        dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}]
+        llm.save_session(full, dialog)
     old = full.read_bytes()
     killed.write_bytes(old)
     words = ["--bin", tiny, "--max_tokens=99"]
     stopped = start("chat.py", *words, "--session", killed, first=STOP.format(int(signal.SIGKILL)))
     alone = start("chat.py", *words, "--session", full)
-    _, errors = alone.communicate("Hello\n", timeout=60)
+    _, errors = alone.communicate("Hello\n", timeout=120)
     assert alone.returncode == 1 and "Traceback" not in errors
     assert f"{full}: cannot write: No space left on device" in errors
     assert full.read_bytes()[:8] == old[:8] and list(full.parent.iterdir()) == [full]
-    stopped.communicate("Hello\n", timeout=60)
+    stopped.communicate("Hello\n", timeout=120)
     assert stopped.returncode == -signal.SIGKILL and killed.read_bytes() == old
     assert len(list(killed.parent.glob(f"a.session.tmp-{stopped.pid}-*"))) == 1
     with Llama(tiny) as llm:
@@ -207,8 +191,7 @@ def test_a_session(tiny: Path, tmp_path: Path, small_disk: Callable[[], Path]) -
     assert list(killed.parent.iterdir()) == [killed]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
-def test_told_to_leave(tiny: Path, tmp_path: Path, sign: signal.Signals) -> None:
+def test_told_to_leave(tiny: Path, tmp_path: Path, sign: signal.Signals = signal.SIGHUP) -> None:
     """run.py ends its line; chat.py keeps what was said, with its keys and values."""
     path = tmp_path / "a.session"
     chat = start("chat.py", "--bin", tiny, "--max_tokens=9", "--session", path)
@@ -219,13 +202,13 @@ def test_told_to_leave(tiny: Path, tmp_path: Path, sign: signal.Signals) -> None
     assert run.stdout.read(1)
     run.send_signal(sign)
     assert run.stdout.read().endswith("\n") and run.stderr.read() == ""
-    assert run.wait(60) == STATUS[sign]
+    assert run.wait(120) == STATUS[sign]
     said_so = chat.stdout.readline().removesuffix("\n")
     end = time.monotonic() + 10
     while path.stat().st_size < 150 and time.monotonic() < end:  # the file follows the answer
         time.sleep(0.02)
     chat.send_signal(sign)
-    assert chat.wait(60) == STATUS[sign] and "Traceback" not in chat.stderr.read()
+    assert chat.wait(120) == STATUS[sign] and "Traceback" not in chat.stderr.read()
     with Llama(tiny) as llm:
         messages, tokens = llm.load_session(path)
     assert [m["content"] for m in messages] == ["Hello", said_so] and tokens > 0
@@ -249,7 +232,7 @@ def test_the_terminal_is_left_as_it_was(tiny: Path) -> None:
                 os.write(keyboard, b"\x1b[1;1R")
     assert not termios.tcgetattr(screen)[3] & termios.ICANON
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(120) == 143
     seen = b""
     with contextlib.suppress(BlockingIOError):
         seen = os.read(keyboard, 1 << 20)
@@ -272,12 +255,12 @@ if {}:
 """
 
 
-@pytest.mark.parametrize("script", ["export.py", "run.py"])
-def test_downloads(script: str, tmp_path: Path) -> None:
+def test_downloads(tmp_path: Path) -> None:
     """pip stands here for itself: it writes some, and then the program is told to stop, or what
     came is not the wheel."""
     running = {}
-    for sign in (signal.SIGINT, signal.SIGTERM, 0):
+    cases = (("run.py", signal.SIGINT), ("export.py", signal.SIGTERM), ("export.py", 0))
+    for script, sign in cases:
         home, scratch = tmp_path / str(int(sign)), tmp_path / f"scratch-{int(sign)}"
         (home / "pip").mkdir(parents=True)
         scratch.mkdir()
@@ -288,7 +271,7 @@ def test_downloads(script: str, tmp_path: Path) -> None:
         around = os.environ | {"PYTHONPATH": str(home), "TMPDIR": str(scratch)}
         running[sign] = start(script, *words, first=first, env=around), out, scratch
     for sign, (process, out, scratch) in running.items():
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == (STATUS[signal.Signals(sign)] if sign else 1), errors
         assert "Traceback" not in errors
         assert ("half.whl: expected sha256" in errors) == (not sign)
