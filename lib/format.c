@@ -52,6 +52,8 @@ static int map(struct file *f) {
         if (base == MAP_FAILED) rc = fail("%s: cannot map it: %s", f->path, strerror(errno));
         else f->base = base, f->bytes = (size_t)st.st_size;
     }
+    if (f->base && !(f->guard = guard_add(f->base, f->bytes)))
+        rc = fail("%s: out of memory", f->path);
     close(fd);
     return rc;
 }
@@ -362,11 +364,17 @@ int file_open(struct file *f, const char *path) {
     f->path = strdup(path);
     if (!f->path) return fail("%s: out of memory", path);
     if (map(f) || check_envelope(f) || read_config(f) || read_tensors(f) || read_metas(f))
-        return -1;
-    return 0;
+        return file_done(f, -1);
+    return file_done(f, 0);
+}
+
+int file_done(const struct file *f, int rc) {
+    return guard_broken(f->guard)
+        ? fail("%s: was cut short, or cannot be read any more, while it was open", f->path) : rc;
 }
 
 void file_close(struct file *f) {
+    guard_remove(f->guard);
     if (f->base) munmap((void *)(uintptr_t)f->base, f->bytes);
     free(f->path);
     free(f->tensors);
@@ -392,6 +400,7 @@ const struct tensor *file_find(const struct file *f, const char *name) {
 int file_verify(const struct file *f, size_t index) {
     const struct tensor *t = &f->tensors[index];
     uint32_t crc = crc32_add(0, t->data, (size_t)t->is.bytes);
+    if (file_done(f, 0)) return -1;
     if (crc != t->is.crc32)
         return fail("%s: %s is damaged: checksum %08x, recorded %08x", f->path, t->is.name, crc,
                     t->is.crc32);

@@ -4,6 +4,7 @@
  * here points into the mapped file. */
 #ifndef FORMAT_H
 #define FORMAT_H
+#include "guard.h"
 #include "llama.h"
 #include "quant.h"
 
@@ -17,6 +18,7 @@ struct file {
     char *path;
     const uint8_t *base;     // the whole file, mapped
     size_t bytes, header_bytes;
+    struct guard *guard;
     llama_config config;
     struct tensor *tensors;  // (n_tensors), in the file's order
     size_t n_tensors;
@@ -32,6 +34,9 @@ struct file {
 /* 0, or -1 with the reason; file_close is right after either. */
 int file_open(struct file *file, const char *path);
 void file_close(struct file *file);
+/* RC, the status of something that read the file; -1 with the reason where the file was cut short
+ * meanwhile or could not be read, as the numbers read are zeros then. */
+int file_done(const struct file *file, int rc);
 /* NULL when there is no tensor of that name. */
 const struct tensor *file_find(const struct file *file, const char *name);
 /* Reads tensor INDEX whole and compares its checksum. */

@@ -40,7 +40,10 @@ int llama_open(const char *path, llama_model **model) {
     llama_model *m = calloc(1, sizeof *m);
     if (!m) return fail("out of memory for a model");
     atomic_init(&m->users, 1);
-    if (model_open(&m->model, path)) return model_release(m), -1;
+    if (model_open(&m->model, path)) {
+        file_done(&m->model.file, -1); // names and shapes are read from it
+        return model_release(m), -1;
+    }
     *model = m;
     return 0;
 }
@@ -52,7 +55,7 @@ void llama_close(llama_model *model) {
 int llama_get_config(const llama_model *model, llama_config *config) {
     if (!model || !config) return fail("llama_get_config: an argument is NULL");
     *config = model->model.config;
-    return 0;
+    return file_done(&model->model.file, 0);
 }
 
 size_t llama_count_tensors(const llama_model *model) {
@@ -66,7 +69,7 @@ int llama_get_tensor(const llama_model *model, size_t index, llama_tensor *tenso
     const struct file *f = &model->model.file;
     if (index >= f->n_tensors) return fail("tensor %zu of %zu", index, f->n_tensors);
     *tensor = f->tensors[index].is;
-    return 0;
+    return file_done(f, 0);
 }
 
 int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta) {
@@ -74,7 +77,7 @@ int llama_get_meta(const llama_model *model, size_t index, llama_meta *meta) {
     const struct file *f = &model->model.file;
     if (index >= f->n_metas) return fail("meta entry %zu of %zu", index, f->n_metas);
     *meta = f->metas[index];
-    return 0;
+    return file_done(f, 0);
 }
 
 int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t *n_bytes) {
@@ -82,14 +85,14 @@ int llama_get_tokenizer(const llama_model *model, const uint8_t **bytes, size_t 
     const struct file *f = &model->model.file;
     *bytes = f->tokenizer;
     *n_bytes = f->tokenizer_bytes;
-    return f->tokenizer_kind;
+    return file_done(f, f->tokenizer_kind);
 }
 
 int llama_get_header(const llama_model *model, const uint8_t **bytes, size_t *n_bytes) {
     if (!model || !bytes || !n_bytes) return fail("llama_get_header: an argument is NULL");
     *bytes = model->model.file.base;
     *n_bytes = model->model.file.header_bytes;
-    return 0;
+    return file_done(&model->model.file, 0);
 }
 
 int llama_verify(const llama_model *model, size_t tensor) {
@@ -111,7 +114,7 @@ int llama_read_rows(const llama_model *model, size_t tensor, size_t first, size_
     else
         for (size_t i = 0; i < n; i++)
             kind_decode_row(t->kind, t->data, t->is.shape[1], first + i, out + i * t->is.shape[1]);
-    return 0;
+    return file_done(f, 0);
 }
 
 // ---- quantising
@@ -122,7 +125,8 @@ int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t
     if (!model || !out || !loss) return fail("llama_quantize: an argument is NULL");
     const struct file *f = &model->model.file;
     if (encode_check(f, tensor, first, n, kind, &out_bytes)) return -1;
-    return encode_rows(&f->tensors[tensor], first, n, kind_find(kind), factor, threads, out, loss);
+    return file_done(f, encode_rows(&f->tensors[tensor], first, n, kind_find(kind), factor, threads,
+                                    out, loss));
 }
 
 int llama_multiply(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,
@@ -131,8 +135,8 @@ int llama_multiply(const llama_model *model, size_t tensor, size_t first, size_t
     if (!model || !x || !y) return fail("llama_multiply: an argument is NULL");
     const struct file *f = &model->model.file;
     if (encode_check(f, tensor, first, n, kind, blocks ? &block_bytes : NULL)) return -1;
-    return products_make(&f->tensors[tensor], first, n, kind_find(kind), blocks, x, n_x, threads,
-                         y);
+    return file_done(f, products_make(&f->tensors[tensor], first, n, kind_find(kind), blocks, x,
+                                      n_x, threads, y));
 }
 
 int llama_add_moments(const float *x, size_t n, size_t columns, int rotated, int threads,

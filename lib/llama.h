@@ -12,7 +12,8 @@
  * of each call, so threads that share it take turns; the caller sees to it that llama_close and
  * llama_session_close come last. A call takes up to 256 KiB of its thread's stack. A forked child
  * may use the models it inherits; the sessions stay its parent's, so that any call with one is an
- * error and its close does nothing. Nothing is global.
+ * error and its close does nothing. One thing is global: the first llama_open sets a handler for
+ * SIGBUS, which hands on what does not concern a model's file.
  * Memory: what a function hands out belongs to the library and lives as long as its model or
  * session; the caller owns the buffers it passes in.
  *
@@ -103,7 +104,9 @@ typedef struct {
 const char *llama_error(void);
 
 /* Opens PATH and checks its header and directory; tensor data is mapped, not read. The file must
- * not be cut short or written to while it is open: replace it by a new one under its name.
+ * not be written to while it is open: replace it by a new one under its name. Where it was cut
+ * short, or cannot be read any more, every call that has read it or looks at it fails from then
+ * on; what llama_get_... handed out may be zeros.
  * llama_close gives the model back once its last session is closed; NULL is allowed. */
 int llama_open(const char *path, llama_model **model);
 void llama_close(llama_model *model);

@@ -63,7 +63,11 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
         .page_positions = PAGE_POSITIONS,
         .activations = options->activations ? options->activations : usual,
     };
-    if (backend->open(&model->model, options, &s->info, &s->state)) return free(s), -1;
+    int rc = backend->open(&model->model, options, &s->info, &s->state);
+    const bool open = !rc;
+    rc = file_done(&model->model.file, rc); // a GPU has read it all
+    if (rc && open) backend->close(s->state);
+    if (rc) return free(s), -1;
     s->backend = backend;
     s->model = model;
     s->process = getpid();
@@ -209,6 +213,7 @@ static int forward_locked(llama_session *s, const llama_batch *b, float *logits)
         const llama_config *c = &s->model->model.config;
         if (!rc && logits && !all_finite(logits, wanted * (b->hidden ? c->dim : c->n_outputs)))
             rc = fail_by_layer(s, &rows);
+        rc = file_done(&s->model->model.file, rc);
     }
     free(of);
     for (int32_t i = 0; i < LLAMA_MAX_SEQUENCES; i++) {
@@ -290,7 +295,7 @@ static int stage_locked(llama_session *s, const llama_stage *g) {
 int llama_run_stage(llama_session *s, const llama_stage *stage) {
     if (!s || !stage || !stage->stream) return fail("llama_run_stage: an argument is NULL");
     if (session_lock(s)) return -1;
-    int rc = stage_locked(s, stage);
+    int rc = file_done(&s->model->model.file, stage_locked(s, stage));
     pthread_mutex_unlock(&s->lock);
     return rc;
 }
@@ -433,7 +438,7 @@ static int sample_locked(llama_session *s, size_t row, const llama_sampling *sam
     const float *logits = kept_row(s, row);
     if (!logits) return -1;
     if (!sampler_pick(logits, vocab_size, sampling, seen, n_seen, n_said, random, token)) return 0;
-    return explain(s, row, logits);
+    return file_done(&s->model->model.file, explain(s, row, logits));
 }
 
 int llama_sample(llama_session *s, size_t row, const llama_sampling *sampling,
@@ -458,7 +463,7 @@ int llama_logprobs(llama_session *s, size_t row, int32_t token, double *logprob,
     if (session_lock(s)) return -1;
     const float *logits = kept_row(s, row);
     int rc = logits ? sampler_logprobs(logits, vocab_size, token, logprob, n, ids, top) : -1;
-    if (rc && logits) explain(s, row, logits);
+    if (rc && logits) rc = file_done(&s->model->model.file, explain(s, row, logits));
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -1,7 +1,8 @@
 """What the root scripts share: flags, opening the model, and how a program ends.
 
 Only text goes to stdout; prompts, notes and the speed line go to stderr. Whatever is wrong is
-one line behind the program's name and exit status 1; Ctrl-C is 130.
+one line behind the program's name and exit status 1; Ctrl-C is 130. SIGTERM and SIGHUP clean up as
+Ctrl-C does, say nothing and are 143 and 129, as a shell counts them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -313,6 +315,24 @@ def text_of(argument: str) -> str:
     return os.fsencode(argument).decode("utf-8", "replace")
 
 
+def _leave_when_told() -> None:
+    """From now on SIGTERM and SIGHUP raise SystemExit, so that what is half-done is put away; more
+    of them do not disturb that. Who started the program with one ignored keeps it so."""
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def leave(number: int, frame: object) -> NoReturn:
+        for one in ours:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    try:
+        for number in ours:
+            signal.signal(number, leave)
+    except ValueError:
+        pass  # not the main thread, which alone hears signals
+
+
 def run(name: str, main: Callable[[], int], interrupted: str = "") -> int:
     """MAIN's status, with every way to fail turned into a line and a status; INTERRUPTED is
     Ctrl-C's line."""
@@ -323,6 +343,7 @@ def run(name: str, main: Callable[[], int], interrupted: str = "") -> int:
             errors = "backslashreplace" if stream == "stderr" else "replace"
             getattr(sys, stream).reconfigure(encoding="utf-8", errors=errors)
     try:
+        _leave_when_told()
         status = main()
         sys.stdout.flush()
         return status

@@ -161,6 +161,7 @@ class Model:
                 entries[key] = (
                     data.decode("utf-8", "replace") if m.type == lib.LLAMA_META_TEXT else data
                 )  # a type beyond these is of a later version
+        self._check_file()
         return entries
 
     @property
@@ -168,7 +169,11 @@ class Model:
         """("none" | "sentencepiece" | "json" | "tiktoken", its file's bytes)"""
         data, n, handle = ffi.new("const uint8_t **"), ffi.new("size_t *"), self.handle
         kind = lib.llama_get_tokenizer(handle, data, n)
-        return TOKENIZERS[kind], bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
+        if kind < 0:
+            check(kind)
+        text = bytes(ffi.buffer(data[0], n[0])) if n[0] else b""
+        self._check_file()
+        return TOKENIZERS[kind], text
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -176,11 +181,19 @@ class Model:
         two models have the same."""
         data, n, handle = ffi.new("const uint8_t **"), ffi.new("size_t *"), self.handle
         check(lib.llama_get_header(handle, data, n))
-        return hashlib.sha256(ffi.buffer(data[0], n[0])).digest()
+        found = hashlib.sha256(ffi.buffer(data[0], n[0])).digest()
+        self._check_file()
+        return found
+
+    def _check_file(self) -> None:
+        """LlamaError where what was read of the file may be zeros, as it was cut short."""
+        check(lib.llama_get_config(self.handle, ffi.new("llama_config *")))
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self._tensor(i) for i in range(lib.llama_count_tensors(self.handle))]
+        found = [self._tensor(i) for i in range(lib.llama_count_tensors(self.handle))]
+        self._check_file()
+        return found
 
     def _tensor(self, index: int) -> Tensor:
         t, handle = ffi.new("llama_tensor *"), self.handle

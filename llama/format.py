@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from llama import temporary
 from llama.config import MAX_EOS, ROPE_COUNTS, Config, Head, Rope, expected_tensors
 from llama.errors import LlamaError
 from llama.quant import GROUP, TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
@@ -145,7 +146,7 @@ class Writer:
         if (tokenizer[0] == TokenizerKind.NONE) != (not tokenizer[1]):
             raise ValueError(f"a tokenizer of kind {tokenizer[0]} with {len(tokenizer[1])} bytes")
         self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self.temporary = temporary.name_of(self.path)
         self.config, self.records, self.tokenizer = config, list(records), tokenizer
         self.force = force
         self._entries = dict(meta or {})
@@ -177,6 +178,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.refuse_existing()
+        temporary.remove_leftovers(self.path)
         free = _free_bytes(self.path.parent)
         if free < self.file_bytes:
             raise LlamaError(
@@ -184,6 +186,7 @@ class Writer:
             )
         try:
             self._file = open(self.temporary, "wb")
+            temporary.hold(self._file.fileno())
             self._file.seek(self.header_bytes)
         except OSError as error:
             raise LlamaError(f"{self.path}: cannot write: {error.strerror}") from None
@@ -275,7 +278,6 @@ class Writer:
         assert self._file is not None
         try:
             os.fsync(self._file.fileno())
-            self._file.close()
             self.refuse_existing()
             os.replace(self.temporary, self.path)
         except OSError as error:

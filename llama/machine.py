@@ -111,7 +111,12 @@ def _write(file: Path, known: dict[str, float]) -> None:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=file.parent, prefix=".bandwidth-", delete=False
         ) as out:
-            json.dump(known, out, indent=1)
-        os.replace(out.name, file)
+            try:
+                json.dump(known, out, indent=1)
+                out.close()
+                os.replace(out.name, file)
+            except BaseException:
+                os.unlink(out.name)
+                raise
     except OSError:
         pass

@@ -22,6 +22,7 @@ import numpy as np
 from llama.errors import LlamaError
 from llama.quant import Kind
 from llama.templates import check_messages
+from llama.temporary import hold, name_of, remove_leftovers
 
 if TYPE_CHECKING:
     from llama.engine import Engine
@@ -192,13 +193,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise LlamaError(f"{path}: is not a regular file")
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}.tmp-")
+        remove_leftovers(target)
+        prefix = f"{name_of(target).name}-"
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=prefix)
         with os.fdopen(handle, "wb") as file:
+            hold(handle)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-        temporary = None
+            os.replace(temporary, target)
+            temporary = None
     except OSError as error:
         raise LlamaError(f"{path}: cannot write: {error.strerror}") from None
     finally:

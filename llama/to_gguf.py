@@ -23,6 +23,7 @@ from llama.engine import Model, Tensor
 from llama.errors import LlamaError
 from llama.quant import STORED, Array, Kind
 from llama.shapes import gguf_rows, room
+from llama.temporary import hold, name_of, remove_leftovers
 
 NAMES = {
     "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
@@ -56,12 +57,16 @@ def to_gguf(
     config = model.config
     if config.head != Head.LM:
         raise LlamaError(f"{model.path}: has no language model's head; peers cannot run it")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = name_of(path)
+    remove_leftovers(path)
     plan = [(i, t, _type(t, only_f16)) for i, t in enumerate(model.tensors)]
     sizes = [_bytes(t.shape, type_) for _, t, type_ in plan]
     room(path.parent, sum(sizes) + (1 << 22), str(path))
     writer = gguf.GGUFWriter(temporary, "llama")
+    held = None
     try:
+        held = open(temporary, "wb")  # noqa: SIM115 (the writer opens it too)
+        hold(held.fileno())
         _metadata(writer, model, only_f16)
         factors = _rope_factors(config)
         if factors is not None:
@@ -89,6 +94,8 @@ def to_gguf(
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)
+        if held is not None:
+            held.close()
 
 
 def _metadata(writer: Any, model: Model, only_f16: bool) -> None:

