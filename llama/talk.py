@@ -298,4 +298,30 @@ def _editor() -> Callable[[], str] | None:
     session: Any = PromptSession(
         history=history, output=create_output(stdout=screen), enable_suspend=True
     )
-    return lambda: str(session.prompt("> "))
+    return lambda: _edited(session)
+
+
+def _edited(session: Any) -> str:
+    """A line. Signals end the editor as an answer would: an exception that a handler raised inside
+    its event loop would be reported there."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def end(error: SystemExit) -> None:
+        if session.app.future is not None and not session.app.future.done():
+            session.app.exit(exception=error)
+
+    def leave(number: int, frame: object) -> None:
+        error = SystemExit(128 + number)
+        if session.app.loop is None:
+            raise error
+        session.app.loop.call_soon_threadsafe(end, error)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    changed = [number for number in numbers if callable(before[number])]
+    try:
+        for number in changed:
+            signal.signal(number, leave)
+        return str(session.prompt("> "))
+    finally:
+        for number in changed:
+            signal.signal(number, before[number])
