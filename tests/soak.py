@@ -1,6 +1,6 @@
 """What a model that has been used for long says, against one that was opened a moment ago.
 
-    python3 tests/soak.py [--time SECONDS] [--seed N] [--rounds N]
+    PYTHONPATH=. python3 tests/soak.py [--time SECONDS] [--seed N] [--rounds N]
 
 Rounds of random use on small models of random weights. A round of numbers drives an Engine: rows
 of several sequences mixed, forks, trims, slides, pages read and written back, tokens drawn. A
@@ -18,15 +18,12 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import small_models
@@ -201,10 +198,11 @@ class Numbers:
         cut = self.rng.randint(0, length)
 
         def work() -> None:
-            parts = self.engine.read_kv(source, 0, cut), self.engine.read_kv(source, cut, length - cut)
+            first = self.engine.read_kv(source, 0, cut)
+            rest = self.engine.read_kv(source, cut, length - cut)
             self.engine.trim(target, 0)
-            self.engine.write_kv(target, 0, cut, parts[0])
-            self.engine.write_kv(target, cut, length - cut, parts[1])
+            self.engine.write_kv(target, 0, cut, first)
+            self.engine.write_kv(target, cut, length - cut, rest)
             self.kept[target] = self.kept[source].cut(length)
 
         return f"read {length} positions of {source}, cut at {cut}, write to {target}", work
@@ -239,8 +237,6 @@ class Numbers:
 
 
 def new_mu(params: SamplingParams) -> Any:
-    from array import array
-
     return array("d", [2 * params.mirostat_tau]) if params.mirostat_tau else None
 
 
@@ -251,9 +247,10 @@ def settings(rng: random.Random, vocab_size: int, **more: Any) -> SamplingParams
         return value if rng.random() < 0.4 else off
 
     return SamplingParams(
-        temperature=maybe(0.0, rng.choice((0.3, 0.8, 1.0, 3.0))), top_k=maybe(rng.randint(1, 40), 0),
-        top_p=maybe(rng.uniform(0.1, 1.0), 1.0), min_p=maybe(rng.uniform(0, 0.5), 0.0),
-        typical_p=maybe(rng.uniform(0.1, 1.0), 1.0), mirostat_tau=maybe(rng.uniform(1, 6), 0.0),
+        temperature=maybe(0.0, rng.choice((0.3, 0.8, 1.0, 3.0))),
+        top_k=maybe(rng.randint(1, 40), 0), top_p=maybe(rng.uniform(0.1, 1.0), 1.0),
+        min_p=maybe(rng.uniform(0, 0.5), 0.0), typical_p=maybe(rng.uniform(0.1, 1.0), 1.0),
+        mirostat_tau=maybe(rng.uniform(1, 6), 0.0),
         repetition_penalty=maybe(rng.uniform(0.8, 1.5), 1.0),
         presence_penalty=maybe(rng.uniform(-2, 2), 0.0),
         frequency_penalty=maybe(rng.uniform(-2, 2), 0.0),
