@@ -34,9 +34,7 @@ def show(path: Path, max_seq_len: int | None = None, kv: str | None = None) -> i
     return 0
 
 
-def describe(
-    path: Path, max_seq_len: int | None = None, kv: str | None = None
-) -> Iterator[str]:  # fmt: skip
+def describe(path: Path, max_seq_len: int | None = None, kv: str | None = None) -> Iterator[str]:
     """Lines for a person; MAX_SEQ_LEN and KV as for an Engine. LlamaError where the file at PATH
     cannot be opened."""
     for name, text in (*_facts(path), *_memory(path, max_seq_len, kv)):
