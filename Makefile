@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long tokenizers arm64 asan tsan fuzz bench
+.PHONY: run test test-long soak tokenizers arm64 asan tsan fuzz bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -18,9 +18,13 @@ test: .venv/requirements-dev build/built
 tokenizers: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest tests/test_random_texts.py --texts 100000
 
-# the passkey at lengths that take minutes
+# the passkey at lengths that take minutes; 1,000 openings and 10,000 texts that leave nothing behind
 test-long: .venv/requirements-dev build/built
-	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py
+	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py tests/test_memory.py
+
+# random use for TIME seconds, each answer against an engine without a history
+soak: .venv/requirements-dev build/built
+	$(IN) PYTHONPATH=. python3 tests/soak.py --time $(TIME)
 
 # the suite's share of arm64 alone; says what it lacks, where it lacks a cross compiler or qemu
 arm64: .venv/requirements-dev build/built

@@ -66,8 +66,10 @@ def main() -> int:
         help="complete nothing: read the file at --bin whole and compare each tensor's checksum",
     )  # fmt: skip
     instead.add_argument(
-        "--info", action="store_true", help="complete nothing: print what the file at --bin is"
-    )
+        "--info", action="store_true",
+        help="complete nothing: print what the file at --bin is, and the "
+        "memory that it takes with --max-seq-len and --kv",
+    )  # fmt: skip
     cli.add_sampling_flags(parser, max_tokens=256)
     cli.add_model_flags(parser)
     cli.add_speculation_flags(parser)
@@ -98,7 +100,7 @@ def main() -> int:
         if args.info:
             from llama.info import show
 
-            return show(args.bin or cli.default_bin())
+            return show(args.bin or cli.default_bin(), args.max_seq_len, args.kv)
         if args.selftest:
             from llama.selftest import selftest
 

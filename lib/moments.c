@@ -170,29 +170,25 @@ static int cholesky(struct work *w, struct pool *pool, float *packed) {
 
 int moments_factor(float *moments, size_t columns, double damping, int threads) {
     const size_t n = columns;
+    // all that may be refused comes first, while the moments are as they were
+    float *packed = make((TILE + 1) * n * sizeof *packed);
+    struct pool *pool = packed ? pool_open(threads) : NULL;
+    if (!pool) return free(packed), -1;
+    float *diagonal = packed + TILE * n;
     double sum = 0;
     for (size_t i = 0; i < n; i++) sum += (double)moments[i * n + i];
     const double added = sum > 0 ? damping * sum / (double)n : 1;
     for (size_t i = 0; i < n; i++) moments[i * n + i] = (float)((double)moments[i * n + i] + added);
-    float *packed = make(TILE * n * sizeof *packed);
-    struct pool *pool = packed ? pool_open(threads) : NULL;
-    int rc = pool ? 0 : -1;
-    if (!rc) {
-        struct work w = {.kernels = kernels_find(NULL), .moments = moments, .columns = n};
-        turn(moments, n);
-        rc = cholesky(&w, pool, packed);
-        pool_close(pool);
-    }
-    free(packed);
-    if (rc) return rc;
-    float *diagonal = make(n * sizeof *diagonal);
-    if (!diagonal) return -1;
-    for (size_t i = 0; i < n; i++) diagonal[i] = moments[i * n + i];
-    for (size_t i = 0; i < n; i++) {
+    struct work w = {.kernels = kernels_find(NULL), .moments = moments, .columns = n};
+    turn(moments, n);
+    const int rc = cholesky(&w, pool, packed);
+    for (size_t i = 0; i < n && !rc; i++) diagonal[i] = moments[i * n + i];
+    for (size_t i = 0; i < n && !rc; i++) {
         for (size_t j = 0; j < i; j++) moments[i * n + j] /= diagonal[j];
         moments[i * n + i] = diagonal[i] * diagonal[i];
     }
-    free(diagonal);
-    turn(moments, n);
-    return 0;
+    if (!rc) turn(moments, n);
+    pool_close(pool);
+    free(packed);
+    return rc;
 }

@@ -229,8 +229,8 @@ def open_model(
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     from llama.generate import Llama
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said below, in a line without a source
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)  # said below, in a line without a source
         llm = Llama(
             args.bin or default_bin(), threads=args.threads, device=args.device,
             max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
@@ -239,9 +239,8 @@ def open_model(
         )  # fmt: skip
     if llm.chosen is not None:
         say(f"device: {llm.chosen}")
-    untrained = llm.config.untrained(llm.max_seq_len)
-    if untrained is not None:
-        say(f"note: {untrained}")
+    for note in notes:
+        say(f"note: {note.message}")
     return llm
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from llama._lib import check, ffi, lib
 from llama.config import ROPE_COUNTS, Head, Rope
 from llama.config import Config as Shape
 from llama.errors import LlamaError
+from llama.memory import Plan, free
 from llama.quant import Kind
 from llama.sampling import SamplingParams
 
@@ -291,7 +293,8 @@ class Engine:
 
     DEVICE "auto": cuda, else cpu; `chosen` says why. THREADS None: one a core. KV None: f32 for an
     f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
-    of 8. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests.
+    of 8. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests. On the CPU one
+    sequence so long must fit the free memory, unless ANY_SIZE; weights that do not are a warning.
     """
 
     MAX_SEQUENCES = MAX_SEQUENCES
@@ -306,6 +309,7 @@ class Engine:
         kv: str | None = None,
         activations: int | None = None,
         isa: str | None = None,
+        any_size: bool = False,
     ) -> None:
         if kv not in (None, "f32", "f16", "q8"):
             raise LlamaError(f"kv is {kv!r}, expected 'f32', 'f16' or 'q8'")
@@ -324,10 +328,15 @@ class Engine:
         self.chosen: str | None = None  # how "auto" came to its device
         try:
             self._open(options, device)
+            self.config = self.model.config
+            self.plan = self._plan()
+            if not any_size:
+                self.plan.check()
         except LlamaError:
-            self.model.close()
+            self.close()
             raise
-        self.config = self.model.config
+        if self.plan.warning and not any_size:
+            warnings.warn(self.plan.warning, stacklevel=3)
         self.meta = self.model.meta
         self.tokenizer = self.model.tokenizer
         self.max_seq_len: int = self.info().max_seq_len
@@ -345,6 +354,13 @@ class Engine:
         options.device = name
         check(lib.llama_session_open(self.model.handle, options, session))
         self._session = ffi.gc(session[0], lib.llama_session_close)
+
+    def _plan(self) -> Plan:
+        """Nothing that it counts is taken yet: memory is given when it is written to. A GPU's own
+        is the library's to plan."""
+        i = self.info()
+        return Plan(self.config.weight_bytes, i.scratch_bytes, i.max_seq_len, i.page_positions,
+                    i.kv_bytes_per_position, free() if i.device == "cpu" else None)  # fmt: skip
 
     @property
     def handle(self) -> Any:

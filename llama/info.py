@@ -1,4 +1,5 @@
-"""run.py --info: what a model file is, as far as it says so itself, without computing anything.
+"""run.py --info: what a model file is, as far as it says so itself, and what it takes of this
+machine's memory, without computing anything.
 
 The file may come from anyone, so each line is printable whatever stands in it.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from llama import golden
 from llama.config import Head, Rope
-from llama.engine import Config, Model
+from llama.engine import Config, Engine, Model
 from llama.errors import LlamaError, one_line
 from llama.receipt import read_receipt
 from llama.tokenizer import open_tokenizer
@@ -26,16 +27,17 @@ SHOWN = {*TEXTS, "template.family", "template.jinja", "tokenizer.special", "quan
 WIDTH = 500  # characters of a line
 
 
-def show(path: Path) -> int:
+def show(path: Path, max_seq_len: int | None = None, kv: str | None = None) -> int:
     """Prints it; the exit status."""
-    for line in describe(path):
+    for line in describe(path, max_seq_len, kv):
         print(line)
     return 0
 
 
-def describe(path: Path) -> Iterator[str]:
-    """Lines for a person. LlamaError where the file at PATH cannot be opened."""
-    for name, text in _facts(path):
+def describe(path: Path, max_seq_len: int | None = None, kv: str | None = None) -> Iterator[str]:
+    """Lines for a person; MAX_SEQ_LEN and KV as for an Engine. LlamaError where the file at PATH
+    cannot be opened."""
+    for name, text in (*_facts(path), *_memory(path, max_seq_len, kv)):
         line = one_line(f"{name:<12}{text}")
         yield line if len(line) <= WIDTH else line[: WIDTH - 4] + " ..."
 
@@ -82,6 +84,15 @@ def _facts(path: Path) -> Iterator[tuple[str, object]]:
             yield "quantised", error
     if others := sorted(meta.keys() - SHOWN):
         yield "also holds", ", ".join(others)
+
+
+def _memory(path: Path, max_seq_len: int | None, kv: str | None) -> Iterator[tuple[str, object]]:
+    with Engine(path, threads=1, max_seq_len=max_seq_len, kv=kv, any_size=True) as engine:
+        plan = engine.plan
+    yield "memory", plan.line()
+    for trouble in (plan.refusal, plan.warning):
+        if trouble:
+            yield "", trouble
 
 
 def _labels(c: Config, meta: Mapping[str, object]) -> str:

@@ -51,7 +51,9 @@ def test_what_it_tells(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == list(describe(path))
+    lines = done.stdout.splitlines()
+    # the last is the memory's, of which some may have become free meanwhile
+    assert lines[:-1] == list(describe(path))[:-1] and lines[-1].startswith("memory      weights ")
     found = facts(path)
     size = path.stat().st_size / 1e6
     assert found["file"] == f"{path}: {size:.1f} MB, 21 tensors, most of it f32"

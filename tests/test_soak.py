@@ -1,0 +1,35 @@
+"""A short form of tests/soak.py, whose long one is make soak TIME=3600."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soak
+from pytest import MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    return soak.files(tmp_path_factory.mktemp("soak"))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])  # two rounds of numbers, one of words
+def test_a_history_does_not_show(models: dict[str, list[Path]], seed: int) -> None:
+    counts = soak.Counts()
+    soak.play(seed, models, counts)
+    assert counts.rounds == 1 and counts.compared > 10
+
+
+def test_one_bit_is_found(models: dict[str, list[Path]], monkeypatch: MonkeyPatch) -> None:
+    right = soak.Numbers.fresh
+
+    def off(self: soak.Numbers, tokens: list[int]) -> np.ndarray:
+        got = right(self, tokens)
+        got[len(tokens) // 2, 3] = np.nextafter(got[len(tokens) // 2, 3], np.inf)
+        return got
+
+    monkeypatch.setattr(soak.Numbers, "fresh", off)
+    with pytest.raises(soak.Differs, match=r"(?s)^seed 0: .*forward\(tokens=.* is off by"):
+        soak.play(0, models, soak.Counts())
