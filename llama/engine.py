@@ -11,7 +11,6 @@ import os
 import warnings
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from llama._lib import check, ffi, lib
 from llama.config import ROPE_COUNTS, Head, Rope
-from llama.config import Config as Shape
 from llama.errors import LlamaError
+from llama.facts import Config, Loss, SessionInfo, Tensor
 from llama.memory import Plan, free
 from llama.quant import Kind
 from llama.sampling import SamplingParams
@@ -33,52 +32,6 @@ NUMBERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "tempe
            "min_p", "typical_p", "mirostat_tau", "mirostat_eta")  # fmt: skip
 Floats: TypeAlias = NDArray[np.float32]
 Mu: TypeAlias = "array[float]"  # mirostat's number, of length 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Shape):
-    """The model's shape, and how it is stored."""
-
-    dtype: str  # the kind that holds most of the weights: "f32", "f16", "bf16", "q8", "q4"
-    file_bytes: int
-    weight_bytes: int  # tensor data, padding included
-    step_bytes: int  # of these, what decoding one token reads: an embedding table gives one row
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor's record; shape is (rows, columns), or (length,) for a vector."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    bytes: int
-    crc32: int
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What storing weights in another kind lost, as sums over the true weights."""
-
-    sum_squares: float
-    sum_squared_error: float
-    max_error: float
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """Where a session runs and what it holds; sizes in bytes."""
-
-    device: str
-    isa: str
-    threads: int
-    activations: int  # bits of what meets quantised weights
-    kv_kind: str
-    max_seq_len: int
-    page_positions: int
-    kv_bytes: int
-    scratch_bytes: int
-    kv_bytes_per_position: int
 
 
 def isa_names() -> list[str]:
@@ -293,8 +246,9 @@ class Engine:
 
     DEVICE "auto": cuda, else cpu; `chosen` says why. THREADS None: one a core. KV None: f32 for an
     f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
-    of 8. MAX_SEQ_LEN None: the model's own. ISA: one of isa_names(), for tests. On the CPU one
-    sequence so long must fit the free memory, unless ANY_SIZE; weights that do not are a warning.
+    of 8. MAX_SEQ_LEN None: the model's own, or with a warning as much of it as the free memory
+    holds. ISA: one of isa_names(), for tests. On the CPU one sequence of MAX_SEQ_LEN must fit the
+    free memory, unless ANY_SIZE; weights that do not are a warning.
     """
 
     MAX_SEQUENCES = MAX_SEQUENCES
@@ -330,13 +284,19 @@ class Engine:
             self._open(options, device)
             self.config = self.model.config
             self.plan = self._plan()
+            shortened = None if any_size or max_seq_len else self.plan.shortened
+            if shortened:
+                options.max_seq_len = self.plan.longest
+                self._open(options, device)
+                self.plan = self._plan()
             if not any_size:
                 self.plan.check()
         except LlamaError:
             self.close()
             raise
-        if self.plan.warning and not any_size:
-            warnings.warn(self.plan.warning, stacklevel=3)
+        for note in () if any_size else (shortened, self.plan.warning):
+            if note:
+                warnings.warn(note, stacklevel=3)
         self.meta = self.model.meta
         self.tokenizer = self.model.tokenizer
         self.max_seq_len: int = self.info().max_seq_len

@@ -35,7 +35,8 @@ from llama.templates import ChatTemplate
 from llama.tokenizer import NoTokenizer, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
-    from llama.engine import Config, Engine, SessionInfo
+    from llama.engine import Engine
+from llama.facts import Config, SessionInfo
 
 
 class Llama(Heads):

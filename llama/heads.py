@@ -22,7 +22,7 @@ from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama.engine import Config
+    from llama.facts import Config
     from llama.templates import ChatTemplate
 
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "Hi"}, ...]

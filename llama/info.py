@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llama import golden
 from llama.config import Head, Rope
-from llama.engine import Config, Engine, Model
+from llama.engine import Engine, Model
 from llama.errors import LlamaError, one_line
+from llama.facts import Config
 from llama.receipt import read_receipt
 from llama.tokenizer import open_tokenizer
 

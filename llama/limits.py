@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from llama._lib import check, ffi, lib
-from llama.engine import Config, Tensor, measure_bandwidth
+from llama.engine import measure_bandwidth
+from llama.facts import Config, Tensor
 from llama.quant import Kind
 
 INTEGER = (Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R)  # products of int8 codes; the others' are f32

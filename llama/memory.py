@@ -76,6 +76,16 @@ class Plan:
         if self.refusal is not None:
             raise LlamaError(self.refusal)
 
+    @property
+    def shortened(self) -> str | None:
+        """Why a context that nobody asked for becomes the longest that fits, if it does."""
+        if self.free is None or self.refusal is None or not self.longest:
+            return None
+        return (
+            f"the model's context of {self.max_seq_len} tokens would take {size(self.kv)} of the "
+            f"{size(self.free.bytes)} that {self.free.whose} has free: it is {self.longest} here"
+        )
+
     def line(self) -> str:
         """For a person."""
         free = f"{size(self.free.bytes)} free, says {self.free.whose}" if self.free else "unknown"
@@ -116,9 +126,9 @@ def _groups(root: Path) -> Iterator[Free]:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0":
-            tops, names = (mounts, mounts / "unified"), ("memory.max", "memory.current", "")
+            tops, names = [mounts, mounts / "unified"], ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
-            tops = (mounts / "memory",)
+            tops = [mounts / "memory"]
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue

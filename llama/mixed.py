@@ -24,8 +24,9 @@ from llama.calibrate import Calibration
 from llama.cli import say
 from llama.config import Head
 from llama.distance import Distance
-from llama.engine import Floats, Model, Tensor
+from llama.engine import Floats, Model
 from llama.errors import LlamaError
+from llama.facts import Tensor
 from llama.format import ALIGN, Record
 from llama.plan import Frontier, Option, read_size
 from llama.quant import TILE_ROWS, Kind, matrix_bytes, untile

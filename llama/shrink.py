@@ -27,9 +27,10 @@ from llama import golden, rotation
 from llama.calibrate import Calibration, hold_out, texts_of
 from llama.cli import say
 from llama.distance import measure
-from llama.engine import Floats, Model, Tensor
+from llama.engine import Floats, Model
 from llama.errors import LlamaError
 from llama.exact import rounding
+from llama.facts import Tensor
 from llama.format import Head, Record, TokenizerKind, Writer, read
 from llama.plan import role
 from llama.quant import LAYOUTS, TILE_ROWS, Kind, matrix_bytes

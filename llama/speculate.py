@@ -21,7 +21,7 @@ from llama.sampling import whole_number
 if TYPE_CHECKING:
     from llama.batch import Batches, Slot
     from llama.completion import Job
-    from llama.engine import Config
+    from llama.facts import Config
     from llama.tokenizer import Tokenizer
 
 MOST = 8  # tokens drafted at once, unless told otherwise,

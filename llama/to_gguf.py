@@ -19,8 +19,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tqdm import tqdm
 
 from llama.config import Config, Head, Rope
-from llama.engine import Model, Tensor
+from llama.engine import Model
 from llama.errors import LlamaError
+from llama.facts import Tensor
 from llama.quant import STORED, Array, Kind
 from llama.shapes import gguf_rows, room
 from llama.temporary import hold, name_of, remove_leftovers

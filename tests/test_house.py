@@ -58,7 +58,7 @@ MAY_INCLUDE = {
 }
 # A module of llama/ and the modules it may import; the export wing may not see the run wing,
 # but for golden, which runs a file that is written.
-ANYONE = {"errors", "temporary"}
+ANYONE = {"facts", "errors", "temporary"}
 MAY_IMPORT = {
     "errors": set(),
     "temporary": set(),
@@ -73,7 +73,8 @@ MAY_IMPORT = {
     "templates": {"sandbox", "tokenizer"},
     "_lib": set(),
     "memory": set(),
-    "engine": {"_lib", "config", "memory", "quant", "sampling"},
+    "engine": {"_lib", "config", "facts", "memory", "quant", "sampling"},
+    "facts": {"config", "quant"},
     "overflow": {"config", "sampling"},
     "completion": {"batch", "overflow", "sampling", "tokenizer"},
     "turns": set(),

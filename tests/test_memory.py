@@ -172,8 +172,12 @@ def test_what_cannot_fit_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch)
         info = opened.info()
     room = info.scratch_bytes + 64 * info.kv_bytes_per_position
     monkeypatch.setattr(engine, "free", lambda: Free(room, "a test"))
-    with pytest.raises(LlamaError, match=r"600 tokens.* a test has free: .* is 64 \(--max-seq"):
-        Engine(path)
+    with pytest.raises(LlamaError, match=r"65 tokens.* a test has free: .* is 64 \(--max-seq"):
+        Engine(path, max_seq_len=65)
+    with pytest.warns(UserWarning, match="600 tokens would take .* a test has free: it is 64 here"):
+        opened = Engine(path)
+    with opened:
+        assert opened.max_seq_len == 64
     lines = list(describe(path))
     assert "scratch" in lines[-2] and "the longest context that fits is 64" in lines[-1]
     with Engine(path, max_seq_len=64) as opened:
