@@ -122,23 +122,22 @@ def outputs(
     while start < end:
         n = min(MAX_PASS, first - start) if start < first else min(limit, end - start)
         want = [start >= first] * n
-        found = [
-            engine.forward(
-                ids[start : start + n], [0] * n, range(start, start + n), want,
-                rope_lengths=[len(ids)] * n,
-            )
-            for engine in engines
-        ]  # fmt: skip
-        rows = [_finite(one, engine) for one, engine in zip(found, engines, strict=True)]
+        rows = [_forward(engine, ids, start, n, want) for engine in engines]
         for at in range(0, n if start >= first else 0, block):
             yield start + at, [one[at : at + block] for one in rows]
         start += n
 
 
-def _finite(rows: NDArray[np.float32] | None, engine: Engine) -> NDArray[np.float32]:
+def _forward(
+    engine: Engine, ids: Sequence[int], start: int, n: int, want: Sequence[bool]
+) -> NDArray[np.float32]:
+    """ENGINE's rows for ids[start : start + n]; what it says is wrong has its file's name."""
+    try:
+        rows = engine.forward(ids[start : start + n], [0] * n, range(start, start + n), want,
+                              rope_lengths=[len(ids)] * n)  # fmt: skip
+    except LlamaError as error:
+        raise LlamaError(f"{engine.model.path}: {error}") from None
     assert rows is not None
-    if not np.isfinite(rows).all():
-        raise LlamaError(f"{engine.model.path}: gives numbers that are not finite")
     return rows
 
 

@@ -4,7 +4,7 @@ llama.cpp's Q4_K packs 256 weights of a row at a time, so tests/compare_kinds.py
 to compare it without padding. It learns, from nothing, the stories that stories15M writes:
 
     python3 tests/train_wide.py bin/stories15M.bin bin/wide        # an hour on 2 cores
-    python3 export.py bin/wide.bin --hf bin/wide
+    python3 export.py bin/wide --out bin/wide.bin
 
 leaves a Hugging Face directory, 4.9 million weights, with a SentencePiece vocabulary of 512
 pieces made from the same stories, and DIR.txt: stories that it was not trained on.
