@@ -383,5 +383,6 @@ def test_logits_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) ->
         for record in records:
             values = norm if record.name == "norm.weight" else bin.tensors[record.name]
             writer.write(record.name, values)
-    with Engine(path) as engine, pytest.raises(LlamaError, match="big.bin: the head gives numbers that"):
+    message = "big.bin: the head gives numbers that"
+    with Engine(path) as engine, pytest.raises(LlamaError, match=message):
         list(distance.outputs([engine], [5, 6], 0, 2))
