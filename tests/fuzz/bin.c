@@ -4,10 +4,8 @@
  * The header's checksum is made right before each try, and the mutator knows where numbers stand,
  * so that what is found lies behind both. The library's map of the file becomes a copy of its
  * exact length, so that AddressSanitizer sees a read of one byte too many. */
-#include "llama.h"
+#include "must.h"
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -15,21 +13,11 @@
 
 uint32_t crc32_add(uint32_t crc, const void *data, size_t n);
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned int seed);
 void *__real_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
 int __real_munmap(void *at, size_t size);
 void *__wrap_mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset);
 int __wrap_munmap(void *at, size_t size);
-
-#define MUST(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #condition, \
-                    llama_error()); \
-            abort(); \
-        } \
-    } while (0)
 
 // ---- the file's map, as a copy
 

@@ -2,23 +2,10 @@
  * parameters allow.
  *
  * The input is a stream of choices: each field is usually a number within its range, else any. */
-#include "llama.h"
+#include "must.h"
 #include "sampler.h"
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define MUST(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #condition, \
-                    llama_error()); \
-            abort(); \
-        } \
-    } while (0)
 
 struct input { const uint8_t *data; size_t left; };
 
