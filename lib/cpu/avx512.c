@@ -17,6 +17,7 @@
  * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats. */
 enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
 
+enum { VALUE_LANES = 16, VALUE_WIDTH = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
 struct softmax {
     __m512 m;               // the largest score so far, in every lane
@@ -351,9 +352,9 @@ INLINE void weigh_page(const struct head_page *p, struct query *of, enum store k
         weigh(&of[h].state, s + h * TILES, p, kind);
 }
 
-/* Adds the page's values to dimensions [i, i + 16 D) of each query's sum; MASK: of the last 16. */
-INLINE void add_values(const struct head_page *p, struct query *of, size_t i, __mmask16 mask,
+INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
                        enum store kind, const int Q, const int D) {
+    const __mmask16 mask = lanes_below(some);
     __m512 acc[MOST_QUERIES * 4], value[4];
     UNROLL for (int j = 0; j < Q * D; j++)
         acc[j] = _mm512_mul_ps(load16(of[j / D].out, i + j % D * 16, F32, mask),
@@ -371,15 +372,6 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, __
     }
     UNROLL for (int j = 0; j < Q * D; j++)
         _mm512_mask_storeu_ps(of[j / D].out + i + j % D * 16, mask, acc[j]);
-}
-
-INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
-    size_t i = 0;
-    weigh_page(p, of, kind, Q);
-    for (; p->head_dim - i >= 64; i += 64)
-        add_values(p, of, i, ALL, kind, Q, 4);
-    for (; i < p->head_dim; i += 16)
-        add_values(p, of, i, lanes_below(p->head_dim - i), kind, Q, 1);
 }
 
 INLINE void finish(struct query *of, size_t head_dim) {

@@ -159,11 +159,24 @@ struct head_page {
     size_t n, head_dim;
 };
 
-/* What the ISA supplies: the state before the first page; what page P does to Q queries, 1 to 4;
- * out / sum of lanes. */
+/* What the ISA supplies: the state before the first page; the weights of page P's positions for Q
+ * queries, 1 to 4; its values added to dimensions [i, i + D VALUE_LANES) of their sums, SOME of the
+ * last VALUE_LANES being there; out / sum of lanes. */
 INLINE void begin(struct softmax *state);
-INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
+INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
+INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
+                       enum store kind, const int Q, const int D);
 INLINE void finish(struct query *of, size_t head_dim);
+
+INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    const size_t wide = (size_t)VALUE_WIDTH * VALUE_LANES;
+    size_t i = 0;
+    weigh_page(p, of, kind, Q);
+    for (; p->head_dim - i >= wide; i += wide)
+        add_values(p, of, i, VALUE_LANES, kind, Q, VALUE_WIDTH);
+    for (; i < p->head_dim; i += VALUE_LANES)
+        add_values(p, of, i, p->head_dim - i, kind, Q, 1);
+}
 
 /* Positions [from, to) meet Q queries. */
 INLINE void attend_pages(const struct attention *a, struct query *of, size_t from, size_t to,

@@ -16,6 +16,7 @@
  * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
 
+enum { VALUE_LANES = 4, VALUE_WIDTH = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
 struct softmax {
     float m;                 // the largest score so far
@@ -45,7 +46,7 @@ INLINE float32x4_t load4(const void *p, size_t i, enum store kind) {
 /* The same where only N elements are left: zero in the other lanes. */
 INLINE float32x4_t load_some(const void *p, size_t i, enum store kind, size_t n) {
     uint32_t rest[4] = {0};
-    const size_t size = kind == F32 ? 4 : kind == Q8 ? 1 : 2;
+    const size_t size = element_bytes(kind);
     if (n >= 4) return load4(p, i, kind);
     memcpy(rest, (const uint8_t *)p + i * size, n * size);
     return load4(rest, 0, kind);
@@ -410,8 +411,12 @@ INLINE void weigh(struct softmax *state, const struct head_page *p, enum store k
     }
 }
 
-/* Adds the page's values to dimensions [i, i + 4 D) of each query's sum; SOME: how many of the
- * last 4 there are. */
+INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
+    score_page(p, of, kind, Q);
+    for (int h = 0; h < Q; h++)
+        weigh(&of[h].state, p, kind);
+}
+
 INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
                        enum store kind, const int Q, const int D) {
     float32x4_t acc[MOST_QUERIES * 4], value[4];
@@ -430,17 +435,6 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, si
     }
     UNROLL for (int j = 0; j < Q * D; j++)
         store_some(of[j / D].out + i + j % D * 4, acc[j], some);
-}
-
-INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
-    size_t i = 0;
-    score_page(p, of, kind, Q);
-    for (int h = 0; h < Q; h++)
-        weigh(&of[h].state, p, kind);
-    for (; p->head_dim - i >= 16; i += 16)
-        add_values(p, of, i, 4, kind, Q, 4);
-    for (; i < p->head_dim; i += 4)
-        add_values(p, of, i, left(p->head_dim, i), kind, Q, 1);
 }
 
 INLINE void finish(struct query *of, size_t head_dim) {
