@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
+from building import build
 
 from llama import _lib, engine, stages
 from llama.config import Head, Rope
@@ -34,16 +35,10 @@ ROUNDED = {"f32": 0.0, "f16": 1e-3, "q8": 0.03}  # and what keys and values may 
 def built(sanitizer: str, *targets: str) -> Path:
     """The folder where CMake has built TARGETS for the emulator."""
     folder = _lib.BUILD / f"cuda-{sanitizer or 'on-cpu'}"
-    flags = ["-DCUDA_ON_CPU=ON"]
+    flags = ("-DCUDA_ON_CPU=ON",)
     if sanitizer:
-        flags += [f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizer} -g1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    for command in (
-        ["-S", str(_lib.ROOT), "-B", str(folder), *flags],
-        ["--build", str(folder), "--parallel", "2", "--target", *targets],
-    ):
-        done = subprocess.run([_lib.find_cmake(), *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+        flags += (f"-DCMAKE_CXX_FLAGS=-fsanitize={sanitizer} -g1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    return build(*targets, folder=folder, options=flags)
 
 
 @pytest.fixture(scope="module")

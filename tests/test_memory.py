@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import small_models
 import tiny_chat
+from building import build
 from test_not_finite import broken
 
-from llama import SamplingParams, _lib, cli, engine, memory
+from llama import SamplingParams, cli, engine, memory
 from llama.engine import Engine
 from llama.errors import LlamaError
 from llama.generate import Llama
@@ -34,14 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def failing() -> Path:
     """tests/failing.c, built."""
-    cmake = _lib.find_cmake()
-    for command in (
-        [cmake, "-S", str(_lib.ROOT), "-B", str(_lib.BUILD)],
-        [cmake, "--build", str(_lib.BUILD), "--target", "failing", "--parallel"],
-    ):
-        built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0, built.stdout + built.stderr
-    return _lib.BUILD / "failing"
+    return build("failing") / "failing"
 
 
 def refused(*command: object) -> list[int]:

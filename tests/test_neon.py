@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_models
+from building import build
 
 from llama import _lib
 from llama.engine import Engine, Model
@@ -33,13 +34,8 @@ pytestmark = pytest.mark.skipif(bool(needed), reason=f"not here: {', '.join(need
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    cmake, tool = _lib.find_cmake(), _lib.ROOT / "tests" / "arm64.cmake"
-    for command in (
-        [cmake, "-S", str(_lib.ROOT), "-B", str(BUILD), f"-DCMAKE_TOOLCHAIN_FILE={tool}"],
-        [cmake, "--build", str(BUILD), "--target", "llama", "kernels", "computed", "--parallel"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    tool = f"-DCMAKE_TOOLCHAIN_FILE={_lib.ROOT / 'tests' / 'arm64.cmake'}"
+    build("llama", "kernels", "computed", folder=BUILD, options=(tool,))
 
 
 def on_each_cpu(program: str, *args: str | Path | int) -> dict[str, bytes]:
