@@ -235,17 +235,17 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
 
 static void test_matmuls(void) {
     static const size_t columns[] = {1, 31, 32, 33, 100, 576, 2081, 4600},
-                        strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 13, 64};
+                        strips[] = {1, 2, 3, 5, 9}, tokens[] = {1, 2, 3, 5, 6, 7, 8, 13, 64};
     const size_t most = quick > 1 ? 3000 : quick ? 30000 : 300000; // scalar.c takes its time
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
         if (!kind_find(kind)) continue;
         for (size_t s = 0; s < 5; s++)
             for (size_t c = 0; c < 8; c++)
-                for (size_t n = 0; n < 8; n++)
+                for (size_t n = 0; n < 9; n++)
                     if (strips[s] * columns[c] * tokens[n] < most)
                         test_matmul(kind, strips[s], columns[c], tokens[n], PLAIN);
         for (int scene = LOW; scene < N_SCENES && quick < 2; scene++)
-            for (size_t n = 0; n < 8; n++)
+            for (size_t n = 0; n < 9; n++)
                 test_matmul(kind, 3, n % 2 ? 100 : 576, tokens[n], (enum scene)scene);
     }
 }

@@ -99,13 +99,13 @@ static void run_matmul(void *context, size_t part, size_t parts) {
         job->entry(&job->m, s, s + 8 < job->strips ? s + 8 : job->strips);
 }
 
-/* One line: COLUMNS wide, N tokens, as many rows as fill memory (n = 1) or 768. */
+/* One line: COLUMNS wide, N tokens, as many rows as fill memory (n <= 8) or 768. */
 static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns, size_t n,
                          size_t threads) {
     void (*entries[])(const struct matmul *, size_t, size_t) = {
         k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, [LLAMA_Q4] = k->matmul_q4};
     size_t strip = kind_strip_bytes(kind_find(kind), columns), groups = (columns + 31) / 32;
-    size_t strips = n == 1 ? WEIGHT_BYTES / strip : 48;
+    size_t strips = n <= 8 ? WEIGHT_BYTES / strip : 48;
     float *x = malloc(n * columns * sizeof *x), *d = malloc(n * groups * sizeof *d);
     int8_t *q = malloc(n * groups * GROUP);
     int32_t *sum = malloc(n * groups * sizeof *sum);

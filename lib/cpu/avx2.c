@@ -14,7 +14,7 @@
 
 /* Register blocks, of 16 registers: 1 strip by 6 tokens of floats, 1 by 4 of codes, whose sums as
  * floats wait in L1. */
-enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
+enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4 };
 
 enum { VALUE_LANES = 8, VALUE_WIDTH = 2 }; // of a page, see blocks.h
 /* What a query carries from page to page. */

@@ -14,8 +14,8 @@
 
 /* Register blocks, of 32 registers: 4 strips by 6 tokens of floats, whose 10 loads feed 24 fma (95%
  * of the FMA peak; 2 by 12 had 14, and twelve rows a power of two apart fight for the 8 ways of
- * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats. */
-enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6 };
+ * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats; or 1 by 8. */
+enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6, GROUP_ONCE = 8 };
 
 enum { VALUE_LANES = 16, VALUE_WIDTH = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */

@@ -14,7 +14,7 @@
 
 /* Register blocks, of 32 registers: 1 strip by 5 tokens of floats, 20 sums that 9 loads feed (of 6
  * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
-enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4 };
+enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4 };
 
 enum { VALUE_LANES = 4, VALUE_WIDTH = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
