@@ -19,8 +19,8 @@ from llama.limits import Limits, Load
 
 README = (
     "| model | weights | kernels | threads | prompt tok/s | decode tok/s | "
-    "decode, share of bandwidth |",
-    "|---|---|---|---|---|---|---|",
+    "decode, share of bandwidth | as fast as another engine: prompt, decode |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -116,13 +116,17 @@ def readme_rows(report: dict[str, Any]) -> Iterator[str]:
     for model in report["models"]:
         prompt = next(r for r in model["rows"] if r["work"] == "prompt")
         decode = one_decode(model)
+        peer, times = model["against"], ""
+        if peer:
+            ratios = (peer["rows"][model["rows"].index(row)]["ratio"] for row in (prompt, decode))
+            times = f"{peer['engine']}: {', '.join(f'{ratio:.2f} times' for ratio in ratios)}"
         yield (
             f"| {title(model)} | {model['dtype']}, {model['weight_bytes'] / 1e6:.0f} MB "
             f"| {model['isa']} | {model['threads']} "
             f"| {prompt['rate']:.0f} ({prompt['spread']:.0%}), "
             f"{prompt['share']:.0%} of {prompt['limit']} "
             f"| {decode['rate']:.1f} ({decode['spread']:.0%}) | {decode['share']:.0%} of "
-            f"{limit_text(decode['limit'], model['limits'])} |"
+            f"{limit_text(decode['limit'], model['limits'])} | {times} |"
         )
 
 

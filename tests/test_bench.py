@@ -169,10 +169,24 @@ def test_readme_rows_come_from_a_file(kept: tuple[Path, str]) -> None:
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(lines[:2]) + "\n" in readme, "README's table has other columns"
     row = r"\| tiny \| f32, 0 MB \| \w+ \| 1 \| \d+ \(\d+%\), \d+% of f32 \| [\d.]+ \(\d+%\) "
-    assert re.fullmatch(row + r"\| \d+% of [\d.]+ GB/s \|", lines[2]), lines[2]
+    assert re.fullmatch(row + r"\| \d+% of [\d.]+ GB/s \|  \|", lines[2]), lines[2]
     # people's table: a row for each measurement
     assert len(re.findall(r"^\| (?:prompt|decode) ", kept[1], re.MULTILINE)) == 6
     assert "decode 4 after 30, 3 together" in kept[1]
+
+
+def test_figures_are_those_of_the_reports() -> None:
+    """README's rows and docs/performance.md's tables are what was measured, not what was typed."""
+    kept = sorted((ROOT / "docs" / "bench").glob("*.json"))
+    assert kept
+    readme = (ROOT / "README.md").read_text()
+    told = (ROOT / "docs" / "performance.md").read_text()
+    for path in kept:
+        found = report.read(path)
+        for row, model in zip(report.readme_rows(found), found["models"], strict=True):
+            assert row in readme, f"{path.name}: not in README.md: {row}"
+            table = "\n".join(report.table(model))
+            assert table in told, f"{path.name}: not in docs/performance.md: {table}"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib")
