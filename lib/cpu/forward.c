@@ -32,7 +32,7 @@ struct cpu {
 
     // scratch, `rows` rows each; strides are padded to whole strips
     size_t rows, dim, heads, kv_heads, hidden, outputs; // strides
-    char *memory;
+    struct block memory;
     float *x;               // (rows, dim) the residual stream
     float *normed;          // (rows, dim)
     float *q;               // (rows, heads)
@@ -404,7 +404,7 @@ static void cpu_close(void *state) {
     struct cpu *c = state;
     pool_close(c->pool);
     slabs_free(&c->pages);
-    free(c->memory);
+    block_give(&c->memory);
     free(c->frequencies);
     free(c);
 }
@@ -451,9 +451,8 @@ static int scratch_open(struct cpu *c) {
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
     const size_t bytes = lay_out(c, NULL);
-    c->memory = memory_take(bytes);
-    if (!c->memory) return fail("out of memory for %zu bytes of scratch", bytes);
-    lay_out(c, c->memory);
+    if (block_take(&c->memory, bytes)) return fail("out of memory for %zu bytes of scratch", bytes);
+    lay_out(c, c->memory.at);
     return 0;
 }
 
@@ -487,7 +486,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     info->isa = c->kernels->isa;
     info->threads = pool_threads(c->pool);
     info->kv_kind = c->kv.kind;
-    info->scratch_bytes = lay_out(c, c->memory);
+    info->scratch_bytes = lay_out(c, c->memory.at);
     info->kv_bytes_per_position = c->kv.page_bytes / PAGE_POSITIONS;
     *state = c;
     return 0;
