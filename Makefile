@@ -18,9 +18,12 @@ test: .venv/requirements-dev build/built
 tokenizers: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest tests/test_random_texts.py --texts 100000
 
-# the passkey at lengths that take minutes; 1,000 openings and 10,000 texts that leave nothing behind
+# the passkey at lengths that take minutes; 1,000 openings and 10,000 texts that leave nothing
+# behind, by the process's size and once more by LeakSanitizer
+test-long: export LLAMA_TEST_LONG = 1
 test-long: .venv/requirements-dev build/built
-	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py tests/test_memory.py
+	$(IN) python3 -m pytest tests/test_passkey.py tests/test_memory.py
+	$(MAKE) asan TESTS=tests/test_memory.py
 
 # random use for TIME seconds, each answer against an engine without a history
 soak: .venv/requirements-dev build/built
