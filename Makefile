@@ -40,6 +40,7 @@ asan: SANITIZER = address
 asan: RUNTIME = libasan.so
 asan: MARKS = not limits_memory
 asan: PLUGIN = -p leaks
+asan: ALSO = failing
 asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=leak_check_at_exit=0:
 tsan: SANITIZER = thread
@@ -49,7 +50,7 @@ tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
 asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
 asan tsan: .venv/requirements-dev
 	$(IN) CC=gcc cmake -S . -B build/$(SANITIZER) -DSANITIZER=$(SANITIZER)
-	$(IN) cmake --build build/$(SANITIZER) --target llama --parallel
+	$(IN) cmake --build build/$(SANITIZER) --target llama $(ALSO) --parallel
 	rm -f $(REPORT).*
 	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
