@@ -78,7 +78,9 @@ int model_open(struct model *m, const char *path) {
     const llama_config *c = &f->config;
     m->config = *c;
     m->layers = calloc(c->n_layers, sizeof *m->layers);
-    if (!m->layers) return fail("%s: out of memory", path);
+    m->on_device = calloc(1, sizeof *m->on_device);
+    if (!m->layers || !m->on_device) return fail("%s: out of memory", path);
+    pthread_mutex_init(&m->on_device->lock, NULL);
     if (matrix(f, "tok_embeddings.weight", c->vocab_size, c->dim, &m->tok_embeddings) ||
         vector(f, "norm.weight", c->dim, &m->norm))
         return -1;
@@ -92,6 +94,8 @@ int model_open(struct model *m, const char *path) {
 
 void model_close(struct model *m) {
     free(m->layers);
+    if (m->on_device) pthread_mutex_destroy(&m->on_device->lock);
+    free(m->on_device);
     file_close(&m->file);
     memset(m, 0, sizeof *m);
 }

@@ -32,6 +32,7 @@ MAY_INCLUDE = {
     "backend": {"cache.h", "model.h"},
     "handles": {"model.h"},
     "session": {"backend.h", "error.h", "handles.h", "llama.h", "rope.h", "sampler.h"},
+    "split": {"backend.h", "error.h"},
     "error": set(),
     "cpu/forward": {"backend.h", "error.h", "rope.h", "cpu/attention.h", "cpu/kernels.h",
                     "cpu/matmul.h", "cpu/memory.h", "cpu/pages.h", "cpu/pool.h"},
