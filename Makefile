@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long soak tokenizers arm64 asan tsan fuzz bench
+.PHONY: run test test-long soak tokenizers arm64 cuda asan tsan fuzz bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -29,6 +29,11 @@ soak: .venv/requirements-dev build/built
 # the suite's share of arm64 alone; says what it lacks, where it lacks a cross compiler or qemu
 arm64: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest -rs tests/test_neon.py
+
+# the suite's share of CUDA alone, on the CPU: kernels, whole models, and under AddressSanitizer and
+# ThreadSanitizer, with planted faults that these must find (tests/cuda_on_cpu/)
+cuda: .venv/requirements-dev build/built
+	$(IN) python3 -m pytest tests/test_cuda.py tests/test_cuda_layers.py
 
 # the suite, or TESTS of it, with gcc's sanitizers in the C code: of memory, leaks and undefined
 # behaviour; of races. Python is not built with them: they are loaded before it, its own allocator

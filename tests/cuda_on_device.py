@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from llama.engine import Engine
+from llama.engine import Engine, measure_bandwidth
 from llama.format import Config, Record, Writer, expected_tensors
 from llama.quant import Kind
 from llama.sampling import SamplingParams
@@ -91,6 +91,21 @@ def compare(folder: Path, n: int) -> None:
                 raise SystemExit("tokens differ from the CPU's")
 
 
+def compare_split(folder: Path, n: int) -> None:
+    """The same of a model in two halves, with each number of layers on the GPU."""
+    shape, prompt = replace(SMALL, n_layers=4), [(7 * i + i * i) % 500 for i in range(40)]
+    path = random_model(folder / "small-split.bin", shape, Kind.Q4)
+    with Engine(path, kv="f32") as cpu:
+        theirs = greedy(cpu, prompt, n)
+    for layers in range(shape.n_layers + 1):
+        with Engine(path, kv="f32", device="cuda", gpu_layers=layers) as both:
+            ours = greedy(both, prompt, n)
+        same = next((i for i in range(n) if ours[i] != theirs[i]), n)
+        print(f"{layers} of {shape.n_layers} layers on the GPU: {same} of {n} greedy tokens equal")
+        if same < n:
+            raise SystemExit("tokens differ from the CPU's")
+
+
 def timed(work: Any) -> float:
     start = time.perf_counter()
     work()
@@ -146,9 +161,24 @@ def measure(path: Path, shape: Config, kv: str, limits: tuple[float, float]) -> 
     print(f"| from start to first token | {first:.2f} s | | 1.5 s |")
 
 
+def measure_split(path: Path, shape: Config, limits: tuple[float, float]) -> None:
+    """Half of the layers on either side, against what both memories' bandwidths allow."""
+    half, steps = shape.n_layers // 2, 16
+    with Engine(path, kv="f16", device="cuda", gpu_layers=half, max_seq_len=64) as e:
+        greedy(e, [1], 4)
+        rate = steps / timed(lambda: greedy(e, [3], steps))
+        there = {t.name: t.bytes for t in e.model.tensors}
+    host = sum(n for name, n in there.items() if name.startswith("layers.")) * half / shape.n_layers
+    head = there["output.weight"]
+    least = host / measure_bandwidth() + (host + head) / limits[0]
+    print(f"| decode, {half} layers on the GPU, tok/s | {rate:.1f} | {rate * least:.0%} of what "
+          "both memories allow | |")  # fmt: skip
+
+
 def main() -> None:
     folder, small = Path(sys.argv[1]), "small" in sys.argv[2:]
     compare(folder, 12 if small else 100)
+    compare_split(folder, 12 if small else 100)
     found = re.search(r"limits: (\S+) B/s, (\S+) FLOP/s", (folder / "bench.log").read_text())
     assert found, "bench.log has no limits"
     limits = float(found[1]), float(found[2])
@@ -156,6 +186,7 @@ def main() -> None:
     path = random_model(folder / "timed.bin", shape, Kind.Q4)
     for kv in ("f16", "q8"):
         measure(path, shape, kv, limits)
+    measure_split(path, shape, limits)
     path.unlink()
 
 

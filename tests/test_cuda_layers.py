@@ -1,9 +1,17 @@
-"""A model split over the CPU and the emulated GPU, layer by layer; what its sessions share there."""
+"""A model split over the CPU and the emulated GPU; what its sessions share there."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +20,7 @@ import pytest
 import small_models
 from emulator import FEW, MANY, ROUNDED, SHAPE, WIDE, distance, feed, free_bytes, greedy
 
-from llama import stages
+from llama import Llama, stages
 from llama.config import Head
 from llama.engine import Engine, Model, sample_logits
 from llama.errors import LlamaError
@@ -37,17 +45,18 @@ def split(path: Path, n: int, **options: Any) -> Engine:
 # ---- the same answers
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
-@pytest.mark.parametrize("n", range(6))
+@pytest.mark.parametrize(
+    "n, kv", [*((n, "f32") for n in range(6)), (2, "f16"), (4, "f16"), (3, "q8")]
+)
 def test_greedy_tokens_of_a_real_model(stories: Path, n: int, kv: str) -> None:
     """Of any number of its layers there; once the GPU has chosen, and once the host."""
     with Engine(stories, kv=kv) as cpu, split(stories, n, kv=kv) as both:
         info = both.info()
         assert (info.device, info.host_layers) == ("cuda", both.config.n_layers - n)
-        theirs = greedy(cpu, [1], 60)
-        assert greedy(both, [1], 60) == theirs
+        theirs = greedy(cpu, [1], 40)
+        assert greedy(both, [1], 40) == theirs
         both.trim(0, 0)
-        for i, (now, after) in enumerate(zip(theirs, theirs[1:], strict=False)):
+        for i, (now, after) in enumerate(pairwise(theirs)):
             both.forward([now], [0], [i], [True], keep=True)
             assert both.sample(0, GREEDY, [], 0, i) == after
 
@@ -122,8 +131,10 @@ def test_stages_run_where_their_layer_is(model: Path, monkeypatch: pytest.Monkey
             streams, given = [x.copy(), x.copy()], [x, x]
             for layer in range(DEEP.n_layers):
                 for stage in range(6):
-                    given = [stages.run_stage(e, layer, stage, s, g, {})
-                             for e, s, g in zip((both, cpu), streams, given, strict=True)]  # fmt: skip
+                    given = [
+                        stages.run_stage(e, layer, stage, s, g, {})
+                        for e, s, g in zip((both, cpu), streams, given, strict=True)
+                    ]
                 assert distance(*streams) < MANY and distance(*given) < MANY
 
 
@@ -147,15 +158,21 @@ def test_keys_and_values_are_the_cpus(model: Path, n: int, kv: str) -> None:
         assert distance(feed(both, [7], 1), feed(cpu, [7])) < FEW
 
 
-def test_a_saved_conversation_goes_on_anywhere(stories: Path, tmp_path: Path) -> None:
-    from llama import Llama
-    from llama.session import load, save
-
-    prompt, params = "Once upon a time", SamplingParams(temperature=0.0, max_tokens=20)
-    with Llama(stories) as cpu, Llama(stories, device="cuda", gpu_layers=2) as both:
-        said = both.generate(prompt, params)
-        assert said.token_ids == cpu.generate(prompt, params).token_ids
-        del load, save
+def test_a_saved_conversation_goes_on_anywhere(tiny: Path, tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    messages = [{"role": "user", "content": "hello"}]
+    path, places = tmp_path / "a.session", [("cpu", None), ("cuda", None), ("cuda", 1), ("cuda", 0)]
+    with Llama(tiny, device="cuda", gpu_layers=1) as llm:
+        messages.append({"role": "assistant", "content": llm.chat(messages, params).text})
+        tokens = llm.save_session(path, messages)
+        messages.append({"role": "user", "content": "and now?"})
+        right = llm.chat(messages, params)
+    for device, n in places:
+        with Llama(tiny, device=device, gpu_layers=n) as llm:
+            assert llm.load_session(path) == (messages[:2], tokens) and tokens > 20
+            result = llm.chat(messages, params)
+            assert result.cached_tokens == right.cached_tokens == tokens
+            assert result.token_ids == right.token_ids
 
 
 def test_running_out_is_an_error_and_the_process_goes_on(
@@ -203,9 +220,9 @@ def test_the_plan_names_how_many_layers_fit(
     before = free_bytes()
     with Engine(path, device="cuda", max_seq_len=4096) as e:
         whole = before - free_bytes() + 6 * 4096 * e.info().kv_bytes_per_position // 6
-    seen = set()
+    taken, seen = (4 << 30) - before, set()
     for less in (1, whole // 6, whole // 3, whole // 2):
-        monkeypatch.setenv("CUDA_ON_CPU_MEMORY", str(before - free_bytes() + whole + 64 * MIB - less))
+        monkeypatch.setenv("CUDA_ON_CPU_MEMORY", str(taken + whole + 64 * MIB - less))
         with pytest.raises(LlamaError, match=r"; with this one (\d) of 6 layers fit") as caught:
             Engine(path, device="cuda", max_seq_len=4096)
         assert "\n" not in str(caught.value)
@@ -252,7 +269,7 @@ def test_auto_and_what_a_session_tells(model: Path) -> None:
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_sessions_of_a_model_share_its_weights(tmp_path: Path, order: tuple[int, ...]) -> None:
     """Brought there once, also for a session with fewer layers there; given back with the last."""
-    path = small_models.write_bin(tmp_path / "m.bin", replace(WIDE, dim=192, hidden_dim=700))
+    path = small_models.write_bin(tmp_path / "m.bin", WIDE)
     before = free_bytes()
     with Model(path) as model:
         weights = model.config.weight_bytes
@@ -265,19 +282,18 @@ def test_sessions_of_a_model_share_its_weights(tmp_path: Path, order: tuple[int,
                                   progress=lambda done, total: told.append(total)))  # fmt: skip
             taken.append(free - free_bytes())
         assert len(told) == 1 and told[0] >= weights
-        assert weights < taken[0] < taken[1] + weights + MIB / 8
         assert taken[1] == pytest.approx(taken[0] - told[0], abs=4096) and taken[2] <= taken[1]
-        answers = [feed(e, range(30)) for e in engines]
+        answers = [feed(e, range(5)) for e in engines]
         assert np.array_equal(answers[0], answers[1])
         assert distance(answers[2], answers[0]) < FEW
         for i, closing in enumerate(order):
             engines[closing].close()
             for left in order[i + 1 :]:
                 engines[left].trim(0, 0)
-                assert np.array_equal(feed(engines[left], range(30)), answers[left])
+                assert np.array_equal(feed(engines[left], range(5)), answers[left])
         assert free_bytes() == before
         with Engine(model, device="cuda") as again:  # brought there anew
-            assert np.array_equal(feed(again, range(30)), answers[0])
+            assert np.array_equal(feed(again, range(5)), answers[0])
     assert free_bytes() == before
 
 
@@ -313,8 +329,9 @@ def test_an_engine_leaves_a_model_that_it_was_given_open(model: Path) -> None:
 
 def test_progress_is_told_to_the_end(tmp_path: Path) -> None:
     path = small_models.write_bin(tmp_path / "m.bin", replace(WIDE, dim=768, hidden_dim=4000))
+    told: list[tuple[int, int]] = []
     for n in (None, 1):
-        told: list[tuple[int, int]] = []
+        told.clear()
         before = free_bytes()
         with Engine(path, device="cuda", gpu_layers=n,
                     progress=lambda done, total: told.append((done, total))) as e:  # fmt: skip
@@ -325,6 +342,27 @@ def test_progress_is_told_to_the_end(tmp_path: Path) -> None:
     told.clear()
     Engine(path, progress=lambda done, total: told.append((done, total))).close()
     assert not told  # the CPU reads the file in place
+
+
+SHOWN = """
+import time
+from llama.cli import _upload_shown
+with _upload_shown() as show:
+    show(10, 100), time.sleep({}), show(60, 100)
+"""
+
+
+@pytest.mark.parametrize("seconds, terminal", [(1.2, True), (0.2, True), (1.2, False)])
+def test_a_bar_is_shown_where_it_takes_long(seconds: float, terminal: bool) -> None:
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    subprocess.run([sys.executable, "-c", SHOWN.format(seconds)], stderr=theirs, check=True)
+    os.write(theirs, b".")
+    shown = os.read(ours, 10000).decode()
+    os.close(ours), os.close(theirs)
+    assert ("weights to the GPU" in shown and "60" in shown) is (terminal and seconds > 1)
+    assert shown == "." or "weights" in shown
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no")])
