@@ -1,8 +1,9 @@
 /* llama.h: the whole public face of the library, and its manual.
  *
  * A model is an open .bin file (docs/format.md): read-only, mapped into memory, shared by any
- * number of sessions, which have its weights on a GPU once. A session is a device, a KV cache and the scratch memory of one forward
- * pass. Text never enters here: tokens go in, logits or tokens come out.
+ * number of sessions, which have its weights on a GPU once. A session is a device, a KV cache and
+ * the scratch memory of one forward pass. Text never enters here: tokens go in, logits or tokens
+ * come out.
  *
  * Errors: a function that returns int returns 0, or -1 with the reason in llama_error(). An
  * argument that is NULL or out of range is an error and never a crash; using a handle after its
