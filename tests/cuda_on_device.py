@@ -36,27 +36,29 @@ GREEDY = SamplingParams(temperature=0.0)
 def blocks(kind: Kind, rows: int, columns: int, rng: np.random.Generator) -> Any:
     """Random codes under scales that keep a product its input's size, shifts 0."""
     n = -(-rows // 16) * -(-columns // 32)
-    code, codes = (512, 73.0) if kind == Kind.Q8 else (256, 68.0)  # bytes a block; their rms
+    wide = kind in (Kind.Q8, Kind.Q8R)
+    code, codes = (512, 73.0) if wide else (256, 68.0)  # bytes a block; their rms
     scale = rng.uniform(0.5, 1.5, (n, 16)) / codes / columns**0.5
-    half = (scale * (1 if kind == Kind.Q8 else 64)).astype(np.float16).view(np.uint16)
+    half = (scale * (1 if wide else 64)).astype(np.float16).view(np.uint16)
     out = np.empty((n, 32 + code), np.uint8)
-    out[:, :32] = (half if kind == Kind.Q8 else (half & 0xFFC0) | 32).view(np.uint8)
+    out[:, :32] = (half if wide else (half & 0xFFC0) | 32).view(np.uint8)
     out[:, 32:] = np.frombuffer(rng.bytes(n * code), np.uint8).reshape(n, code)
     return out.reshape(-1).tobytes()
 
 
 def random_model(path: Path, shape: Config, kind: Kind) -> Path:
     rng = np.random.default_rng(1)
+    whole = {Kind.Q8R: Kind.Q8, Kind.Q4R: Kind.Q4}.get(kind, kind)  # outside of layers
     records = [
-        Record(name, kind if len(size) == 2 else Kind.F32, size)
+        Record(name, Kind.F32 if len(size) == 1 else kind if "layers." in name else whole, size)
         for name, size in expected_tensors(shape).items()
     ]
     with Writer(path, shape, records, force=True) as writer:
         for record in records:
             if len(record.shape) == 1:
                 values: Any = rng.uniform(0.8, 1.2, record.shape).astype(np.float32)
-            elif kind in (Kind.Q8, Kind.Q4):
-                values = blocks(kind, *record.shape, rng)
+            elif whole in (Kind.Q8, Kind.Q4):
+                values = blocks(record.kind, *record.shape, rng)
             else:
                 values = rng.standard_normal(record.shape, np.float32) / record.shape[1] ** 0.5
             writer.write(record.name, values)
@@ -83,7 +85,10 @@ def compare(folder: Path, n: int) -> None:
     for kind in Kind:
         path = random_model(folder / f"small-{kind.label}.bin", SMALL, kind)
         for kv in ("f32", "f16", "q8"):
-            with Engine(path, kv=kv) as cpu, Engine(path, kv=kv, device="cuda") as gpu:
+            with (
+                Engine(path, kv=kv, activations=16) as cpu,
+                Engine(path, kv=kv, device="cuda") as gpu,
+            ):
                 theirs, ours = greedy(cpu, prompt, n), greedy(gpu, prompt, n)
             same = next((i for i in range(n) if ours[i] != theirs[i]), n)
             print(f"{kind.label} weights, {kv} keys and values: {same} of {n} greedy tokens equal")

@@ -316,6 +316,18 @@ def test_sessions_that_open_at_once_share(tmp_path: Path) -> None:
     assert free_bytes() == before
 
 
+def test_who_is_told_of_progress_may_close_another(model: Path) -> None:
+    """As Python's collector of garbage may, in the middle of anything."""
+    before = free_bytes()
+    with Model(model) as m:
+        first = Engine(m, device="cuda", gpu_layers=1)
+        with Engine(m, device="cuda", progress=lambda done, total: first.close()) as second:
+            feed(second, [1, 2])
+        with pytest.raises(LlamaError, match="used after close"):
+            feed(first, [1])
+        assert free_bytes() == before
+
+
 def test_an_engine_leaves_a_model_that_it_was_given_open(model: Path) -> None:
     with Model(model) as m:
         Engine(m).close()
