@@ -193,17 +193,18 @@ def test_stages(
 ) -> None:
     """A layer for calibration, stage by stage, with matrices of other kinds in its place."""
     monkeypatch.setattr(stages, "lib", emulated)
-    path = small_models.write_bin(tmp_path / "m.bin", SHAPES["biases"])
+    shape = replace(WIDE, attention_bias=True, mlp_bias=True)
+    path = small_models.write_bin(tmp_path / "m.bin", shape)
     blocks = {}
     with Model(path) as m:
         for place, name in enumerate(["wq", "wk", "wv", "wo", "w1", "w3", "w2"]):
             i = next(i for i, t in enumerate(m.tensors) if f"layers.1.{KINDS[name]}" in t.name)
             rows, columns = m.tensors[i].shape
-            kind = (Kind.F32, Kind.Q8, Kind.BF16, Kind.F32, Kind.Q4, Kind.Q8, Kind.Q4)[place]
+            kind = (Kind.F32, Kind.Q8R, Kind.BF16, Kind.Q8, Kind.Q4R, Kind.Q8, Kind.Q4)[place]
             data = stages.aligned(matrix_bytes(kind, rows, columns))
             data[:] = np.frombuffer(m.quantize(i, 0, rows, kind, len(data))[0], np.uint8)
             blocks[place] = (kind, data)
-    x = np.random.default_rng(1).standard_normal((n, SHAPE.dim)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((n, shape.dim)).astype(np.float32)
     with Engine(path, kv="f32") as cpu, Engine(path, kv="f32", device="cuda") as gpu:
         streams, given = [x.copy(), x.copy()], [x, x]
         for stage in range(6):
@@ -353,6 +354,14 @@ def test_other_machines_are_one_line(
 ) -> None:
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
     refused(model, message)
+
+
+def test_a_build_without_cuda_is_one_line(model: Path) -> None:
+    line = 'device "cuda": this library was built without CUDA; use device "cpu"'
+    refused(model, line)
+    refused(model, line, gpu_layers=1)
+    with Engine(model, device="auto", gpu_layers=1) as e:
+        assert e.chosen == f"cpu, because {line}"
 
 
 @pytest.mark.usefixtures("cuda")

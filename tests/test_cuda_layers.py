@@ -21,6 +21,7 @@ import small_models
 from emulator import FEW, MANY, ROUNDED, SHAPE, WIDE, distance, feed, free_bytes, greedy
 
 from llama import Llama, stages
+from llama._lib import ffi
 from llama.config import Head
 from llama.engine import Engine, Model, sample_logits
 from llama.errors import LlamaError
@@ -248,6 +249,20 @@ def test_what_cannot_be_split_is_one_line(model: Path, monkeypatch: pytest.Monke
         split(model, 2)
     with Engine(model, device="auto", gpu_layers=2) as e:  # all of it, then
         assert (e.info().device, e.info().host_layers) == ("cpu", 0)
+
+
+def test_the_library_itself_refuses_them(model: Path, emulated: Any) -> None:
+    options, session = ffi.new("llama_session_options *"), ffi.new("llama_session **")
+    with Model(model) as m:
+        for device, layers, message in (
+            (b"cpu", 1, 'layers are split with device "cuda" only, found device "cpu"'),
+            (b"cuda", 5, "host_layers is 5, expected at most 4, the model's layers"),
+        ):
+            options.device = name = ffi.new("char[]", device)
+            options.host_layers = layers
+            assert emulated.llama_session_open(m.handle, options, session) == -1
+            assert ffi.string(emulated.llama_error()).decode() == message
+            del name
 
 
 def test_auto_and_what_a_session_tells(model: Path) -> None:
