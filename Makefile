@@ -7,7 +7,7 @@ MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
-.PHONY: run test test-long soak tokenizers arm64 asan tsan fuzz bench
+.PHONY: run test test-long soak tokenizers arm64 cuda asan tsan fuzz bench
 run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
@@ -18,9 +18,12 @@ test: .venv/requirements-dev build/built
 tokenizers: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest tests/test_random_texts.py --texts 100000
 
-# the passkey at lengths that take minutes; 1,000 openings and 10,000 texts that leave nothing behind
+# the passkey at lengths that take minutes; 1,000 openings and 10,000 texts that leave nothing
+# behind, by the process's size and once more by LeakSanitizer
+test-long: export LLAMA_TEST_LONG = 1
 test-long: .venv/requirements-dev build/built
-	$(IN) LLAMA_TEST_LONG=1 python3 -m pytest tests/test_passkey.py tests/test_memory.py
+	$(IN) python3 -m pytest tests/test_passkey.py tests/test_memory.py
+	$(MAKE) asan TESTS=tests/test_memory.py
 
 # random use for TIME seconds, each answer against an engine without a history
 soak: .venv/requirements-dev build/built
@@ -30,6 +33,11 @@ soak: .venv/requirements-dev build/built
 arm64: .venv/requirements-dev build/built
 	$(IN) python3 -m pytest -rs tests/test_neon.py
 
+# the suite's share of CUDA alone, on the CPU: kernels, whole models, and under AddressSanitizer and
+# ThreadSanitizer, with planted faults that these must find (tests/cuda_on_cpu/)
+cuda: .venv/requirements-dev build/built
+	$(IN) python3 -m pytest tests/test_cuda.py tests/test_cuda_layers.py
+
 # the suite, or TESTS of it, with gcc's sanitizers in the C code: of memory, leaks and undefined
 # behaviour; of races. Python is not built with them: they are loaded before it, its own allocator
 # is off, and what it leaks itself does not count
@@ -37,6 +45,7 @@ asan: SANITIZER = address
 asan: RUNTIME = libasan.so
 asan: MARKS = not limits_memory
 asan: PLUGIN = -p leaks
+asan: ALSO = failing
 asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=leak_check_at_exit=0:
 tsan: SANITIZER = thread
@@ -46,7 +55,7 @@ tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
 asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
 asan tsan: .venv/requirements-dev
 	$(IN) CC=gcc cmake -S . -B build/$(SANITIZER) -DSANITIZER=$(SANITIZER)
-	$(IN) cmake --build build/$(SANITIZER) --target llama --parallel
+	$(IN) cmake --build build/$(SANITIZER) --target llama $(ALSO) --parallel
 	rm -f $(REPORT).*
 	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \

@@ -20,12 +20,20 @@ struct rows {
     size_t wanted;                        // rows that want logits
     bool hidden;                          // they get hidden states instead
     float *stream;                        // (n_layers + 1, wanted, dim); or NULL
+    /* Where layers are split over two devices, (n, dim): the residual stream as the first layer
+     * here takes it, in place of the embedding, and as the last one leaves it, in place of logits.
+     * NULL where a device begins, or ends, the network. */
+    const float *from;
+    float *to;
 };
+
+enum { KEPT_ROWS = 64 };                  // of logits, on a device that keeps them
 
 struct backend {
     const char *name;                     // "cpu"
     /* Fills *state and, in info, isa, threads, scratch and KV sizes; on failure there is
-     * nothing to close. */
+     * nothing to close. Where options->host_layers is not 0, the CPU is for these layers only and
+     * the GPU for the others. */
     int (*open)(const struct model *model, const llama_session_options *options,
                 llama_session_info *info, void **state);
     void (*close)(void *state);
@@ -54,4 +62,6 @@ struct backend {
 extern const struct backend backend_cpu;
 /* In a build without CUDA its open says so, and the rest is never called. */
 extern const struct backend backend_cuda;
+/* Both, one after the other (split.c). */
+extern const struct backend backend_split;
 #endif

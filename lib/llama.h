@@ -1,8 +1,9 @@
 /* llama.h: the whole public face of the library, and its manual.
  *
  * A model is an open .bin file (docs/format.md): read-only, mapped into memory, shared by any
- * number of sessions. A session is a device, a KV cache and the scratch memory of one forward
- * pass. Text never enters here: tokens go in, logits or tokens come out.
+ * number of sessions, which have its weights on a GPU once. A session is a device, a KV cache and
+ * the scratch memory of one forward pass. Text never enters here: tokens go in, logits or tokens
+ * come out.
  *
  * Errors: a function that returns int returns 0, or -1 with the reason in llama_error(). An
  * argument that is NULL or out of range is an error and never a crash; using a handle after its
@@ -178,15 +179,24 @@ typedef struct {
                           // its own: 22 for up to 4 rows at once, 11 for more
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
                           // than that, up to 2^24, is allowed: it was not trained for it
+    uint32_t host_layers; // with "cuda": so many of the first layers, and the embedding, stay on
+                          // the CPU, which ISA, THREADS and ACTIVATIONS are then of; 0: none
+    /* Told while weights go to a GPU, from the thread that opens the session, what is done of how
+     * many bytes, at the end all; not where another session of the model has brought them. If it
+     * returns anything but 0 the session is not opened. NULL: nobody is told. */
+    int (*progress)(void *context, uint64_t done, uint64_t total);
+    void *context;        // what it is given
 } llama_session_options;
 
 typedef struct {
     const char *device;      // "cpu"
-    const char *isa;         // "avx512vnni"; of a GPU "NVIDIA H200, sm_90"
+    const char *isa;         // "avx512vnni"; of a GPU "NVIDIA H200, sm_90"; of both, both
     int threads, activations; // of a GPU its processors, and 16
     uint32_t kv_kind, max_seq_len, page_positions;
+    uint32_t host_layers;    // that the CPU runs for the GPU; 0 on "cpu"
     uint64_t kv_bytes;       // held by KV pages now, free ones included
     uint64_t scratch_bytes;  // room for one forward pass and for the logits it keeps
+    uint64_t gpu_scratch_bytes; // of these, a GPU's
     uint64_t kv_bytes_per_position;
 } llama_session_info;
 

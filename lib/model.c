@@ -71,6 +71,18 @@ static int find_layer(const struct file *f, uint32_t n, struct layer *layer) {
     return 0;
 }
 
+/* The lock may be taken again by whom a device tells of its progress while it holds it. */
+static struct on_device *on_device_make(void) {
+    struct on_device *d = calloc(1, sizeof *d);
+    pthread_mutexattr_t again;
+    if (!d) return NULL;
+    pthread_mutexattr_init(&again);
+    pthread_mutexattr_settype(&again, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&d->lock, &again);
+    pthread_mutexattr_destroy(&again);
+    return d;
+}
+
 int model_open(struct model *m, const char *path) {
     memset(m, 0, sizeof *m);
     if (file_open(&m->file, path)) return -1;
@@ -78,7 +90,8 @@ int model_open(struct model *m, const char *path) {
     const llama_config *c = &f->config;
     m->config = *c;
     m->layers = calloc(c->n_layers, sizeof *m->layers);
-    if (!m->layers) return fail("%s: out of memory", path);
+    m->on_device = on_device_make();
+    if (!m->layers || !m->on_device) return fail("%s: out of memory", path);
     if (matrix(f, "tok_embeddings.weight", c->vocab_size, c->dim, &m->tok_embeddings) ||
         vector(f, "norm.weight", c->dim, &m->norm))
         return -1;
@@ -92,6 +105,8 @@ int model_open(struct model *m, const char *path) {
 
 void model_close(struct model *m) {
     free(m->layers);
+    if (m->on_device) pthread_mutex_destroy(&m->on_device->lock);
+    free(m->on_device);
     file_close(&m->file);
     memset(m, 0, sizeof *m);
 }

@@ -3,6 +3,7 @@
 #ifndef MODEL_H
 #define MODEL_H
 #include "format.h"
+#include <pthread.h>
 
 struct matrix {
     const struct kind *kind;
@@ -24,8 +25,16 @@ struct layer {
     struct matrix w2;             // (dim, hidden_dim)
 };
 
+/* What a device keeps for all the sessions of a model; its own to read and write, and empty once
+ * the last of them is closed. */
+struct on_device {
+    pthread_mutex_t lock;
+    void *weights;
+};
+
 struct model {
     struct file file;
+    struct on_device *on_device;
     llama_config config;
     struct matrix tok_embeddings; // (vocab_size, dim)
     struct layer *layers;         // (n_layers)

@@ -33,7 +33,8 @@ struct llama_session {
     size_t n_last, last_room;
 };
 
-static int options_check(const llama_session_options *o, const struct backend **backend) {
+static int options_check(const llama_session_options *o, const llama_config *c,
+                         const struct backend **backend) {
     const char *device = o->device ? o->device : "cpu";
     *backend = !strcmp(device, "cpu") ? &backend_cpu : !strcmp(device, "cuda") ? &backend_cuda : 0;
     if (!*backend) return fail("device \"%s\", expected cpu or cuda", device);
@@ -44,6 +45,13 @@ static int options_check(const llama_session_options *o, const struct backend **
         return fail("activations is %d, expected 8 or 16", o->activations);
     if (o->max_seq_len > 1 << 24)
         return fail("max_seq_len is %u, expected at most %d", o->max_seq_len, 1 << 24);
+    if (!o->host_layers) return 0;
+    if (*backend == &backend_cpu)
+        return fail("layers are split with device \"cuda\" only, found device \"cpu\"");
+    if (o->host_layers > c->n_layers)
+        return fail("host_layers is %u, expected at most %u, the model's layers", o->host_layers,
+                    c->n_layers);
+    *backend = &backend_split;
     return 0;
 }
 
@@ -52,15 +60,16 @@ int llama_session_open(llama_model *model, const llama_session_options *options,
     if (!model || !options || !session) return fail("llama_session_open: an argument is NULL");
     *session = NULL;
     const struct backend *backend;
-    if (options_check(options, &backend)) return -1;
+    const llama_config *c = &model->model.config;
+    if (options_check(options, c, &backend)) return -1;
     llama_session *s = calloc(1, sizeof *s);
     if (!s) return fail("out of memory for a session");
-    const llama_config *c = &model->model.config;
     const int usual = model_rotated(&model->model) ? 8 : 16;
     s->info = (llama_session_info){
         .device = backend->name,
         .max_seq_len = options->max_seq_len ? options->max_seq_len : c->max_seq_len,
         .page_positions = PAGE_POSITIONS,
+        .host_layers = options->host_layers,
         .activations = options->activations ? options->activations : usual,
     };
     int rc = backend->open(&model->model, options, &s->info, &s->state);

@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cffi
 
@@ -24,6 +24,7 @@ BUILD = ROOT / "build"
 LIBRARY = BUILD / ("libllama.dylib" if sys.platform == "darwin" else "libllama.so")
 
 ffi = cffi.FFI()
+Progress: TypeAlias = Callable[[int, int], object]  # how much is done, of how much
 
 
 def _stale() -> bool:
@@ -106,3 +107,20 @@ def check(status: int) -> None:
     """Raises what the library said if STATUS is a failure."""
     if status:
         raise LlamaError(ffi.string(lib.llama_error()).decode("utf-8", "replace"))
+
+
+def as_callback(progress: Progress | None) -> tuple[Any, list[BaseException]]:
+    """What the library calls for PROGRESS, as long as this is held, and what that raised: from
+    then on the library is told to stop."""
+    raised: list[BaseException] = []
+    if progress is None:
+        return ffi.NULL, raised
+
+    def told(_: Any, done: int, total: int) -> int:
+        progress(done, total)
+        return 0
+
+    def failed(kind: Any, error: BaseException, trace: Any) -> None:
+        raised.append(error)
+
+    return ffi.callback("int(void *, uint64_t, uint64_t)", told, 1, failed), raised

@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,6 +134,10 @@ def add_model_flags(parser: Parser) -> None:
         help="cpu, cuda, or auto: cuda where there is a GPU and the model fits (default: cpu)",
     )  # fmt: skip
     group.add_argument(
+        "--gpu-layers", type=int, metavar="N",
+        help="with cuda: the last N layers on the GPU, the others on the CPU (default: all)",
+    )  # fmt: skip
+    group.add_argument(
         "--max-seq-len", type=int, metavar="N", help="context length (default: the model's own)"
     )
     group.add_argument(
@@ -229,19 +234,35 @@ def open_model(
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     from llama.generate import Llama
 
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings(record=True) as notes, _upload_shown() as progress:
         warnings.simplefilter("always", UserWarning)  # said below, in a line without a source
         llm = Llama(
             args.bin or default_bin(), threads=args.threads, device=args.device,
             max_seq_len=args.max_seq_len, kv=args.kv, activations=args.activations, isa=args.isa,
             template=template, date=date, overflow=args.overflow or "stop",
             keep=args.keep, lookup=args.lookup, draft=args.draft_bin,
+            gpu_layers=args.gpu_layers, progress=progress,
         )  # fmt: skip
     if llm.chosen is not None:
         say(f"device: {llm.chosen}")
     for note in notes:
         say(f"note: {note.message}")
     return llm
+
+
+@contextmanager
+def _upload_shown() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal, once weights have been on their way for a second."""
+    from tqdm import tqdm
+
+    with tqdm(desc="weights to the GPU", unit="B", unit_scale=True, leave=False, disable=None,
+              delay=1.0) as bar:  # fmt: skip
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def default_bin() -> Path:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llama._lib import check, ffi, lib
+from llama._lib import Progress, as_callback, check, ffi, lib
 from llama.config import ROPE_COUNTS, Head, Rope
 from llama.errors import LlamaError
 from llama.facts import Config, Loss, SessionInfo, Tensor
@@ -244,8 +244,11 @@ def _batch(
 class Engine:
     """A model on a device, with its KV cache. A context manager; close() frees it all.
 
-    DEVICE "auto": cuda, else cpu; `chosen` says why. THREADS None: one a core. KV None: f32 for an
-    f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
+    PATH may be an open Model, which stays open: engines on one GPU then share its weights there.
+    DEVICE "auto": cuda, else cpu; `chosen` says why. GPU_LAYERS: with cuda only so many of the last
+    layers, and the head, are the GPU's, and the CPU has the rest. PROGRESS(done, total) is told of
+    bytes brought to the GPU; what it raises ends that. THREADS None: one a core. KV None: f32 for
+    an f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
     of 8. MAX_SEQ_LEN None: the model's own, or with a warning as much of it as the free memory
     holds. ISA: one of isa_names(), for tests. On the CPU one sequence of MAX_SEQ_LEN must fit the
     free memory, unless ANY_SIZE; weights that do not are a warning.
@@ -255,15 +258,17 @@ class Engine:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Model,
         *,
         threads: int | None = None,
         device: str = "cpu",
+        gpu_layers: int | None = None,
         max_seq_len: int | None = None,
         kv: str | None = None,
         activations: int | None = None,
         isa: str | None = None,
         any_size: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         if kv not in (None, "f32", "f16", "q8"):
             raise LlamaError(f"kv is {kv!r}, expected 'f32', 'f16' or 'q8'")
@@ -271,8 +276,11 @@ class Engine:
             raise LlamaError(f"activations is {activations!r}, expected 8 or 16")
         if max_seq_len is not None and not 1 <= max_seq_len <= 1 << 24:
             raise LlamaError(f"max_seq_len is {max_seq_len}, expected 1 to {1 << 24}")
+        if gpu_layers is not None and device == "cpu":
+            raise LlamaError("gpu_layers goes with device 'cuda' or 'auto', found 'cpu'")
         self._session: Any = None
-        self.model = Model(path)
+        self._own = not isinstance(path, Model)
+        self.model = path if isinstance(path, Model) else Model(path)
         options = ffi.new("llama_session_options *")
         _alive = options.isa = ffi.new("char[]", isa.encode()) if isa else ffi.NULL
         options.threads = _threads(threads)
@@ -281,17 +289,18 @@ class Engine:
         options.max_seq_len = max_seq_len or 0
         self.chosen: str | None = None  # how "auto" came to its device
         try:
-            self._open(options, device)
             self.config = self.model.config
+            options.host_layers = self._host_layers(gpu_layers)
+            self._open(options, device, progress)
             self.plan = self._plan()
             shortened = None if any_size or max_seq_len else self.plan.shortened
             if shortened:
                 options.max_seq_len = self.plan.longest
-                self._open(options, device)
+                self._open(options, device, progress)
                 self.plan = self._plan()
             if not any_size:
                 self.plan.check()
-        except LlamaError:
+        except BaseException:
             self.close()
             raise
         for note in () if any_size else (shortened, self.plan.warning):
@@ -301,26 +310,45 @@ class Engine:
         self.tokenizer = self.model.tokenizer
         self.max_seq_len: int = self.info().max_seq_len
 
-    def _open(self, options: Any, device: str) -> None:
+    def _host_layers(self, gpu_layers: int | None) -> int:
+        n_layers = self.config.n_layers
+        if gpu_layers is not None and not 0 <= gpu_layers <= n_layers:
+            raise LlamaError(f"gpu_layers is {gpu_layers}, expected 0 to {n_layers}, the layers "
+                             f"of {self.model.path}")  # fmt: skip
+        return 0 if gpu_layers is None else n_layers - gpu_layers
+
+    def _open(self, options: Any, device: str, progress: Progress | None) -> None:
         if device == "auto":
             try:
-                self._open(options, "cuda")
+                self._open(options, "cuda", progress)
                 self.chosen = f"cuda, {self.info().isa}"
             except LlamaError as error:
-                self._open(options, "cpu")
+                options.host_layers = 0
+                self._open(options, "cpu", progress)
                 self.chosen = f"cpu, because {error}"
             return
+        _alive, raised = as_callback(progress)
+        options.progress = _alive
         name, session = ffi.new("char[]", device.encode()), ffi.new("llama_session **")
         options.device = name
-        check(lib.llama_session_open(self.model.handle, options, session))
+        status = lib.llama_session_open(self.model.handle, options, session)
+        if raised:
+            raise raised[0]
+        check(status)
         self._session = ffi.gc(session[0], lib.llama_session_close)
 
     def _plan(self) -> Plan:
         """Nothing that it counts is taken yet: memory is given when it is written to. A GPU's own
         is the library's to plan."""
-        i = self.info()
-        return Plan(self.config.weight_bytes, i.scratch_bytes, i.max_seq_len, i.page_positions,
-                    i.kv_bytes_per_position, free() if i.device == "cpu" else None)  # fmt: skip
+        i, c = self.info(), self.config
+        if not i.host_layers:
+            return Plan(c.weight_bytes, i.scratch_bytes, i.max_seq_len, i.page_positions,
+                        i.kv_bytes_per_position, free() if i.device == "cpu" else None)  # fmt: skip
+        here = ("tok_embeddings.", *(f"layers.{n}." for n in range(i.host_layers)))
+        weights = sum(t.bytes for t in self.model.tensors if t.name.startswith(here))
+        return Plan(weights, i.scratch_bytes - i.gpu_scratch_bytes, i.max_seq_len,
+                    i.page_positions, i.kv_bytes_per_position * i.host_layers // c.n_layers,
+                    free())  # fmt: skip
 
     @property
     def handle(self) -> Any:
@@ -332,7 +360,8 @@ class Engine:
     def close(self) -> None:
         """Frees it all, or leaves that to the last call that another thread is in."""
         self._session = None
-        self.model.close()
+        if self._own:
+            self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -346,8 +375,9 @@ class Engine:
         return SessionInfo(
             device=ffi.string(i.device).decode(), isa=ffi.string(i.isa).decode(),
             threads=i.threads, activations=i.activations, kv_kind=Kind(i.kv_kind).label,
-            max_seq_len=i.max_seq_len, page_positions=i.page_positions, kv_bytes=i.kv_bytes,
-            scratch_bytes=i.scratch_bytes, kv_bytes_per_position=i.kv_bytes_per_position,
+            max_seq_len=i.max_seq_len, page_positions=i.page_positions,
+            host_layers=i.host_layers, kv_bytes=i.kv_bytes, scratch_bytes=i.scratch_bytes,
+            gpu_scratch_bytes=i.gpu_scratch_bytes, kv_bytes_per_position=i.kv_bytes_per_position,
         )  # fmt: skip
 
     def forward(

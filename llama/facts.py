@@ -49,6 +49,8 @@ class SessionInfo:
     kv_kind: str
     max_seq_len: int
     page_positions: int
+    host_layers: int  # that the CPU runs for the GPU; 0 on the CPU
     kv_bytes: int
     scratch_bytes: int
+    gpu_scratch_bytes: int  # of these, a GPU's
     kv_bytes_per_position: int

@@ -26,6 +26,7 @@ from llama import temporary
 from llama.config import MAX_EOS, ROPE_COUNTS, Config, Head, Rope, expected_tensors
 from llama.errors import LlamaError
 from llama.quant import GROUP, TILE_ROWS, Array, Kind, matrix_bytes, tile, untile
+from llama.reading import File
 
 __all__ = ["Bin", "Config", "Head", "Record", "Required", "Rope", "Tensors", "TokenizerKind",
            "Writer", "expected_tensors", "read"]  # fmt: skip
@@ -323,14 +324,14 @@ def _free_bytes(directory: Path) -> int:
 class Tensors(Mapping[str, NDArray[np.float32]]):
     """Tensors by name, decoded to float32 of their true shape when asked for."""
 
-    def __init__(self, path: Path, data: Array, records: dict[str, Record]) -> None:
-        self._path, self._data, self._records = path, data, records
+    def __init__(self, file: File, records: dict[str, Record]) -> None:
+        self._file, self._records = file, records
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         record = self._records[name]
-        data = self._data[record.offset : record.offset + record.n_bytes]
+        data = np.frombuffer(self._file.read(record.offset, record.n_bytes, name), np.uint8)
         if zlib.crc32(data.data) != record.crc32:
-            raise LlamaError(f"{self._path}: {name}: checksum differs, the file is damaged")
+            raise LlamaError(f"{self._file.path}: {name}: checksum differs, the file is damaged")
         if len(record.shape) == 1:
             return data.view("<f4").astype(np.float32)
         return untile(data, record.kind, record.rows, record.columns)
@@ -359,31 +360,28 @@ def read(path: str | os.PathLike[str]) -> Bin:
 
     Raises LlamaError, one line, for anything that is not exactly such a file.
     """
-    where = Path(path)
+    file = File(Path(path))
     try:
-        size = where.stat().st_size
-        data: Array = np.memmap(where, np.uint8, "r") if size else np.empty(0, np.uint8)
-    except OSError as error:
-        raise LlamaError(f"{where}: cannot open: {error.strerror}") from None
-    try:
-        return _parse(where, data)
+        return _parse(file)
     except (struct.error, UnicodeDecodeError) as error:
-        raise LlamaError(f"{where}: damaged: {error}") from None
+        raise LlamaError(f"{file.path}: damaged: {error}") from None
 
 
-def _parse(path: Path, data: Array) -> Bin:
+def _parse(file: File) -> Bin:
+    path, size = file.path, file.size
+
     def demand(good: bool, what: str) -> None:
         if not good:
             raise LlamaError(f"{path}: {what}")
 
-    demand(data.size >= HEADER.size, f"expected a .bin of {HEADER.size}+ bytes, found {data.size}")
-    head = HEADER.unpack(data[: HEADER.size].tobytes())
+    demand(size >= HEADER.size, f"expected a .bin of {HEADER.size}+ bytes, found {size}")
+    head = HEADER.unpack(file.read(0, HEADER.size, "the header"))
     (magic, version, crc, header_bytes, file_bytes, n_tensors, n_meta, meta_offset, meta_bytes,
      tokenizer_offset, tokenizer_bytes, tokenizer_kind, flags) = head[:13]  # fmt: skip
     demand(magic == MAGIC, f"not a .bin: expected {MAGIC.decode()} at its start")
     demand(version == VERSION, f"expected version {VERSION}, found {version}")
-    demand(file_bytes == data.size, f"expected {file_bytes} bytes, found {data.size}")
-    demand(header_bytes % ALIGN == 0 and header_bytes <= data.size, "header_bytes is impossible")
+    demand(file_bytes == size, f"expected {file_bytes} bytes, found {size}")
+    demand(header_bytes % ALIGN == 0 and header_bytes <= size, "header_bytes is impossible")
     demand(n_tensors <= MAX_TENSORS and n_meta <= MAX_META, "too many tensors or meta entries")
     meta_end = meta_offset + meta_bytes
     demand(
@@ -393,7 +391,7 @@ def _parse(path: Path, data: Array) -> Bin:
         and header_bytes == _align(meta_end + tokenizer_bytes),
         "the header's sections do not follow each other",
     )
-    front = bytearray(data[:header_bytes].tobytes())
+    front = bytearray(file.read(0, header_bytes, "the header"))
     struct.pack_into("<I", front, CRC_OFFSET, 0)
     demand(zlib.crc32(front) == crc, "header checksum differs, the file is damaged")
     demand(
@@ -409,7 +407,7 @@ def _parse(path: Path, data: Array) -> Bin:
         demand(found[name] == shape, f"{name}: expected {shape}, found {found[name]}")
     meta = _unpack_meta(path, front[meta_offset:meta_end], n_meta)
     tokenizer = bytes(front[meta_end : meta_end + tokenizer_bytes])
-    tensors = Tensors(path, data, records)
+    tensors = Tensors(file, records)
     return Bin(path, config, (TokenizerKind(tokenizer_kind), tokenizer), meta, records, tensors)
 
 

@@ -47,16 +47,17 @@ class Llama(Heads):
     def __init__(
         self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu",
         max_seq_len: int | None = None, kv: str | None = None, activations: int | None = None,
-        isa: str | None = None,
-        template: str | None = None, date: str | None = None,
-        overflow: str = "stop", keep: int | None = None,
-        lookup: int = 0, draft: Llama | str | os.PathLike[str] | None = None,
+        isa: str | None = None, template: str | None = None, date: str | None = None,
+        overflow: str = "stop", keep: int | None = None, lookup: int = 0,
+        draft: Llama | str | os.PathLike[str] | None = None, gpu_layers: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. DEVICE: "cpu",
-        "cuda" or "auto", of which `chosen` then says what it took and why. MAX_SEQ_LEN:
-        None, the model's own; warns if the model was not made for so many. KV: kind of the KV
-        cache, "f32" or "f16". ISA: a kernel set, None the best. TEMPLATE: a chat template's
-        family instead of the file's own. DATE: what Llama 3.1 and later are told the day is
+        "cuda" or "auto", of which `chosen` then says what it took and why. GPU_LAYERS: with cuda
+        only the last so many layers there, None all; PROGRESS(done, total): told of bytes brought
+        there. MAX_SEQ_LEN: None, the model's own; warns if it was not made for so many. KV: kind of
+        the cache, "f32", "f16" or "q8". ISA: a kernel set, None the best. TEMPLATE: a chat
+        template's family, not the file's own. DATE: what Llama 3.1 and later are told the day is
         ("26 Jul 2024"); None, as their template has it, which Meta's own files lack: no date.
 
         OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
@@ -70,13 +71,12 @@ class Llama(Heads):
         self._setup(
             Engine(
                 path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
-                activations=activations, isa=isa,
+                activations=activations, isa=isa, gpu_layers=gpu_layers, progress=progress,
             ),
             template, date, overflow, keep,
         )  # fmt: skip
-        self._speculate(lookup, draft, {
-            "threads": threads, "device": device, "kv": kv, "activations": activations, "isa": isa,
-        })  # fmt: skip
+        same = dict(threads=threads, device=device, kv=kv, activations=activations, isa=isa)
+        self._speculate(lookup, draft, same)
         untrained = self.config.untrained(self.max_seq_len)
         if untrained is not None:
             warnings.warn(untrained, stacklevel=2)

@@ -30,14 +30,15 @@ class Refused(Exception):
 
 class _Child:
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._parent = 0  # a fork must not read the answers to its parent
+        self._process: subprocess.Popen[bytes] | None = None
         self._turn = threading.Lock()
         atexit.register(self._stop)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
 
     def ask(self, request: dict[str, Any]) -> str:
         """The text that REQUEST's template gives; raises Refused."""
-        line, late = "", threading.Event()
+        line, late = b"", threading.Event()
         with self._turn:
 
             def stop() -> None:
@@ -49,43 +50,62 @@ class _Child:
             timer.daemon = True
             timer.start()
             try:
-                process = self._started()
-                assert process.stdin is not None and process.stdout is not None
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
+                self._started()
+                self._write(request)
+                line = self._line()
             except OSError:
                 pass  # it cannot start or died: no line says so
             finally:
                 timer.cancel()
-                if not line.endswith("\n"):  # also after Ctrl-C
+                if not line.endswith(b"\n"):  # also after Ctrl-C
                     self._stop()
         if late.is_set():
             raise Refused(f"it takes longer than {SECONDS:g} seconds")
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             raise Refused("its process died")
         answer = json.loads(line)
         if "error" in answer:
             raise Refused(answer["error"])
         return str(answer["text"])
 
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._parent != os.getpid():
+    def _started(self) -> None:
+        if self._process is None:
+            # unbuffered: a fork in the middle takes no half line and no locked buffer along
             self._process = subprocess.Popen(
                 [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, encoding="utf-8", errors="surrogatepass",
-                start_new_session=True,
+                stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
             )  # fmt: skip
-            self._parent = os.getpid()
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps([MEMORY, LONGEST, sys.path]) + "\n")
-        return self._process
+            self._write([MEMORY, LONGEST, sys.path])
+
+    def _write(self, entry: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        left = memoryview(json.dumps(entry).encode("ascii") + b"\n")
+        while left:
+            left = left[self._process.stdin.write(left) :]
+
+    def _line(self) -> bytes:
+        """What comes up to a line's end, or to the end."""
+        assert self._process is not None and self._process.stdout is not None
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            part = self._process.stdout.read(1 << 16)
+            if not part:
+                break
+            line += part
+        return bytes(line)
 
     def _stop(self) -> None:
-        if self._process is not None and self._parent == os.getpid():
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    def _forget(self) -> None:
+        """In a forked child: the process, and whoever holds the lock, are its parent's."""
+        if self._process is not None:
+            self._process.returncode = 0  # nothing to wait for
+        self._process = None
+        self._turn = threading.Lock()
 
 
 _child = _Child()

@@ -107,3 +107,22 @@ def theirs(gguf_file: Path, bins: dict[str, Path]) -> Any:
     missing, unexpected = model.load_state_dict(small_models.to_hf(weights, shape), strict=False)
     assert missing == ["lm_head.weight"] and not unexpected  # it is the embedding, tied
     return model
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Any:
+    """The library with the emulated GPU, as cffi sees it."""
+    import emulator
+
+    from llama import _lib
+
+    return _lib.ffi.dlopen(str(emulator.built("", "llama") / "libllama.so"))
+
+
+@pytest.fixture
+def cuda(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are of that library, for both devices."""
+    from llama import _lib, engine
+
+    monkeypatch.setattr(engine, "lib", emulated)
+    monkeypatch.setattr(_lib, "lib", emulated)

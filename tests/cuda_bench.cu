@@ -102,7 +102,7 @@ static void line(const char *name, double seconds, double amount, double limit, 
 
 static device_matrix matrix(uint32_t kind, int rows, int columns, const uint8_t *data) {
     return {data, (size_t)kind_strip_bytes(kind_find(kind), (uint64_t)columns), rows, columns,
-            (rows + TILE_ROWS - 1) / TILE_ROWS, kind, nullptr, 1};
+            (rows + TILE_ROWS - 1) / TILE_ROWS, kind, false, nullptr, 1};
 }
 
 struct shape { const char *name; int rows, columns; after then; bool normed; };
@@ -118,7 +118,7 @@ static void bench_product(uint32_t kind, const shape &s, int n, int processors, 
     float *y = memory<float>((size_t)n * s.rows);
     const int stride = (s.columns + HALVES_UNIT - 1) / HALVES_UNIT * HALVES_UNIT;
     const halves ready = {memory<uint16_t>((size_t)n * stride), memory<float>((size_t)n), stride, n,
-                          false};
+                          false, false};
     const vectors in = {x, s.columns, n, nullptr, s.normed ? norm : nullptr, 1e-5f};
     const double seconds = timed([&](int i) {
         product p = {pieces, {}, s.then};

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from llama.engine import Engine
+from llama.engine import Engine, measure_bandwidth
 from llama.format import Config, Record, Writer, expected_tensors
 from llama.quant import Kind
 from llama.sampling import SamplingParams
@@ -36,27 +36,29 @@ GREEDY = SamplingParams(temperature=0.0)
 def blocks(kind: Kind, rows: int, columns: int, rng: np.random.Generator) -> Any:
     """Random codes under scales that keep a product its input's size, shifts 0."""
     n = -(-rows // 16) * -(-columns // 32)
-    code, codes = (512, 73.0) if kind == Kind.Q8 else (256, 68.0)  # bytes a block; their rms
+    wide = kind in (Kind.Q8, Kind.Q8R)
+    code, codes = (512, 73.0) if wide else (256, 68.0)  # bytes a block; their rms
     scale = rng.uniform(0.5, 1.5, (n, 16)) / codes / columns**0.5
-    half = (scale * (1 if kind == Kind.Q8 else 64)).astype(np.float16).view(np.uint16)
+    half = (scale * (1 if wide else 64)).astype(np.float16).view(np.uint16)
     out = np.empty((n, 32 + code), np.uint8)
-    out[:, :32] = (half if kind == Kind.Q8 else (half & 0xFFC0) | 32).view(np.uint8)
+    out[:, :32] = (half if wide else (half & 0xFFC0) | 32).view(np.uint8)
     out[:, 32:] = np.frombuffer(rng.bytes(n * code), np.uint8).reshape(n, code)
     return out.reshape(-1).tobytes()
 
 
 def random_model(path: Path, shape: Config, kind: Kind) -> Path:
     rng = np.random.default_rng(1)
+    whole = {Kind.Q8R: Kind.Q8, Kind.Q4R: Kind.Q4}.get(kind, kind)  # outside of layers
     records = [
-        Record(name, kind if len(size) == 2 else Kind.F32, size)
+        Record(name, Kind.F32 if len(size) == 1 else kind if "layers." in name else whole, size)
         for name, size in expected_tensors(shape).items()
     ]
     with Writer(path, shape, records, force=True) as writer:
         for record in records:
             if len(record.shape) == 1:
                 values: Any = rng.uniform(0.8, 1.2, record.shape).astype(np.float32)
-            elif kind in (Kind.Q8, Kind.Q4):
-                values = blocks(kind, *record.shape, rng)
+            elif whole in (Kind.Q8, Kind.Q4):
+                values = blocks(record.kind, *record.shape, rng)
             else:
                 values = rng.standard_normal(record.shape, np.float32) / record.shape[1] ** 0.5
             writer.write(record.name, values)
@@ -83,12 +85,30 @@ def compare(folder: Path, n: int) -> None:
     for kind in Kind:
         path = random_model(folder / f"small-{kind.label}.bin", SMALL, kind)
         for kv in ("f32", "f16", "q8"):
-            with Engine(path, kv=kv) as cpu, Engine(path, kv=kv, device="cuda") as gpu:
+            with (
+                Engine(path, kv=kv, activations=16) as cpu,
+                Engine(path, kv=kv, device="cuda") as gpu,
+            ):
                 theirs, ours = greedy(cpu, prompt, n), greedy(gpu, prompt, n)
             same = next((i for i in range(n) if ours[i] != theirs[i]), n)
             print(f"{kind.label} weights, {kv} keys and values: {same} of {n} greedy tokens equal")
             if kv == "f32" and same < n:
                 raise SystemExit("tokens differ from the CPU's")
+
+
+def compare_split(folder: Path, n: int) -> None:
+    """The same of a model in two halves, with each number of layers on the GPU."""
+    shape, prompt = replace(SMALL, n_layers=4), [(7 * i + i * i) % 500 for i in range(40)]
+    path = random_model(folder / "small-split.bin", shape, Kind.Q4)
+    with Engine(path, kv="f32") as cpu:
+        theirs = greedy(cpu, prompt, n)
+    for layers in range(shape.n_layers + 1):
+        with Engine(path, kv="f32", device="cuda", gpu_layers=layers) as both:
+            ours = greedy(both, prompt, n)
+        same = next((i for i in range(n) if ours[i] != theirs[i]), n)
+        print(f"{layers} of {shape.n_layers} layers on the GPU: {same} of {n} greedy tokens equal")
+        if same < n:
+            raise SystemExit("tokens differ from the CPU's")
 
 
 def timed(work: Any) -> float:
@@ -146,9 +166,24 @@ def measure(path: Path, shape: Config, kv: str, limits: tuple[float, float]) -> 
     print(f"| from start to first token | {first:.2f} s | | 1.5 s |")
 
 
+def measure_split(path: Path, shape: Config, limits: tuple[float, float]) -> None:
+    """Half of the layers on either side, against what both memories' bandwidths allow."""
+    half, steps = shape.n_layers // 2, 16
+    with Engine(path, kv="f16", device="cuda", gpu_layers=half, max_seq_len=64) as e:
+        greedy(e, [1], 4)
+        rate = steps / timed(lambda: greedy(e, [3], steps))
+        there = {t.name: t.bytes for t in e.model.tensors}
+    host = sum(n for name, n in there.items() if name.startswith("layers.")) * half / shape.n_layers
+    head = there["output.weight"]
+    least = host / measure_bandwidth() + (host + head) / limits[0]
+    print(f"| decode, {half} layers on the GPU, tok/s | {rate:.1f} | {rate * least:.0%} of what "
+          "both memories allow | |")  # fmt: skip
+
+
 def main() -> None:
     folder, small = Path(sys.argv[1]), "small" in sys.argv[2:]
     compare(folder, 12 if small else 100)
+    compare_split(folder, 12 if small else 100)
     found = re.search(r"limits: (\S+) B/s, (\S+) FLOP/s", (folder / "bench.log").read_text())
     assert found, "bench.log has no limits"
     limits = float(found[1]), float(found[2])
@@ -156,6 +191,7 @@ def main() -> None:
     path = random_model(folder / "timed.bin", shape, Kind.Q4)
     for kv in ("f16", "q8"):
         measure(path, shape, kv, limits)
+    measure_split(path, shape, limits)
     path.unlink()
 
 

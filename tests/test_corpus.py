@@ -15,7 +15,7 @@ from llama.errors import LlamaError
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "fuzz"))
-READERS = ("gguf", "pth", "safetensors", "config", "tokenizer", "template", "llama2c")
+READERS = ("gguf", "pth", "safetensors", "config", "tokenizer", "template", "llama2c", "session")
 
 
 def past(target: str) -> list[Path]:

@@ -151,7 +151,7 @@ def sparse_model(folder: Path, layers: int) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """At most twice the largest tensor plus 300 MB: mapped pages included while it is written;
+    """At most twice the largest tensor plus 300 MB: what was read included while it is written;
     without those of the file while the self-test's answers are computed from it."""
     source = sparse_model(tmp_path / "m", layers=30)
     program = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -278,6 +279,44 @@ def test_hostile_files(saved: Path, tiny: Path, tmp_path: Path) -> None:
         os.truncate(tmp_path / "sparse", 1 << 36)
         with one_line("not a session"):
             llm.load_session(tmp_path / "sparse")
+
+
+def field_places() -> list[tuple[str, int, int]]:
+    """(name, offset, bytes) of each field of the header."""
+    parts = re.findall(r"\d*[sIQ]", session.HEADER.format.lstrip("<"))
+    sizes = [struct.calcsize("<" + part) for part in parts]
+    return [(name, sum(sizes[:i]), sizes[i]) for i, name in enumerate(FIELDS)]
+
+
+def test_each_field_damaged(saved: Path, tiny: Path, tmp_path: Path) -> None:
+    """Cut at each, set to edges and turned bit by bit, its checksum right and not: one line, or a
+    dialog that goes on. Only the rope's length may be any number in a good file."""
+    data, path = saved.read_bytes(), tmp_path / "b.session"
+    head = session.HEADER.unpack_from(data)
+    ids = session.HEADER.size + head[7]
+    places = [("text", 80, 1), ("ids", ids, 4), ("kv", ids + 4 * head[6], 4),
+              ("crc", len(data) - 4, 4)]  # fmt: skip
+    accepted = set()
+    with Llama(tiny, threads=1) as llm, Llama(tiny, threads=1) as other:
+        for name, at, size in [*field_places(), *places]:
+            for length in (at, at + size - 1):
+                refused(other, data[:length], path)
+            old = int.from_bytes(data[at : at + size], "little")
+            edges = [0, 1, old - 1, old + 1, 2**15, 2**31, 2 ** (8 * size - 1) - 1, -1]
+            for value in {*edges, *(old ^ 1 << bit for bit in range(8 * size))} - {old}:
+                raw = (value % 256**size).to_bytes(size, "little")
+                broken = data[:at] + raw + data[at + size :]
+                refused(other, broken, path)
+                if name == "crc":
+                    continue
+                path.write_bytes(broken[:-4] + struct.pack("<I", zlib.crc32(broken[:-4])))
+                try:
+                    messages, _ = llm.load_session(path)
+                    accepted.add(name)
+                    llm.chat([*messages, said("user", "?")], replace(GREEDY, max_tokens=1))
+                except LlamaError as error:
+                    assert "\n" not in str(error)
+    assert {"rope", "kv"} <= accepted <= {"rope", "kv", "ids", "text"}
 
 
 def test_values_that_are_no_numbers_are_an_error_and_no_crash(saved: Path, tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,23 @@ def test_a_history_does_not_show(models: dict[str, list[Path]], seed: int) -> No
     counts = soak.Counts()
     soak.play(seed, models, counts)
     assert counts.rounds == 1 and counts.compared > 10
+
+
+def test_memory_that_grows_is_told(
+    monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, play = [], soak.play
+
+    def leaks(*args: Any) -> None:
+        play(*args)
+        kept.append(b"\1" * (200 << 10))
+
+    monkeypatch.setattr(soak, "play", leaks)
+    monkeypatch.setattr(soak, "without_caches", lambda: None)  # of all tests behind this one
+    monkeypatch.setattr(soak, "STEPS", {"numbers": 1, "words": 1})
+    monkeypatch.setattr("sys.argv", ["soak.py", "--rounds", "40"])
+    assert soak.main() == 1
+    assert "memory grew by" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_one_bit_is_found(models: dict[str, list[Path]], monkeypatch: MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ _Static_assert((int)MOST_ROWS <= (int)ATTENTION_ROWS, "attend takes all rows at 
 
 struct cpu {
     const struct model *model;
+    uint32_t n_layers;      // the first ones; all, unless a GPU runs the others
     const struct kernels *kernels;
     struct pool *pool;
     struct kv kv;
@@ -32,7 +33,7 @@ struct cpu {
 
     // scratch, `rows` rows each; strides are padded to whole strips
     size_t rows, dim, heads, kv_heads, hidden, outputs; // strides
-    char *memory;
+    struct block memory;
     float *x;               // (rows, dim) the residual stream
     float *normed;          // (rows, dim)
     float *q;               // (rows, heads)
@@ -247,6 +248,7 @@ static void show_stream(const struct part *p, const struct rows *rows, size_t la
 
 static int cpu_forward(void *state, const struct rows *rows, float *out) {
     struct cpu *c = state;
+    const size_t dim = c->model->config.dim;
     size_t done = 0; // rows wanted in the parts before
     for (size_t start = 0; start < rows->n; start += c->rows) {
         struct part p = {
@@ -260,7 +262,7 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
         };
         embed(&p);
         show_stream(&p, rows, 0, done);
-        for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
+        for (uint32_t n = 0; n < c->n_layers; n++) {
             p.layer = &c->model->layers[n];
             p.layer_index = n;
             attention_norm(&p);
@@ -275,7 +277,8 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
             show_stream(&p, rows, n + 1, done);
         }
         for (size_t i = 0; i < p.n; i++) done += p.want && p.want[i];
-        out = logits(&p, rows->hidden, out);
+        if (rows->to) put(rows->to + start * dim, c->x, p.n, c->dim, dim);
+        else out = logits(&p, rows->hidden, out);
     }
     return 0;
 }
@@ -404,7 +407,7 @@ static void cpu_close(void *state) {
     struct cpu *c = state;
     pool_close(c->pool);
     slabs_free(&c->pages);
-    free(c->memory);
+    block_give(&c->memory);
     free(c->frequencies);
     free(c);
 }
@@ -451,9 +454,8 @@ static int scratch_open(struct cpu *c) {
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
     const size_t bytes = lay_out(c, NULL);
-    c->memory = memory_take(bytes);
-    if (!c->memory) return fail("out of memory for %zu bytes of scratch", bytes);
-    lay_out(c, c->memory);
+    if (block_take(&c->memory, bytes)) return fail("out of memory for %zu bytes of scratch", bytes);
+    lay_out(c, c->memory.at);
     return 0;
 }
 
@@ -463,6 +465,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     if (!c) return fail("out of memory for a session");
     const llama_config *f = &model->config;
     c->model = model;
+    c->n_layers = options->host_layers ? options->host_layers : f->n_layers;
     c->kernels = kernels_find(options->isa);
     c->by.planes = info->activations / 8;
     c->kv = (struct kv){
@@ -470,7 +473,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
         .kind = options->kv_kind >= 0  ? (uint32_t)options->kv_kind
                 : f->kind == LLAMA_F32 ? LLAMA_F32
                                        : LLAMA_F16,
-        .n_layers = f->n_layers, .n_kv_heads = f->n_kv_heads, .head_dim = f->head_dim,
+        .n_layers = c->n_layers, .n_kv_heads = f->n_kv_heads, .head_dim = f->head_dim,
     };
     kv_lay_out(&c->kv);
     c->pages.piece_bytes = up_to(c->kv.page_bytes, 64);
@@ -487,7 +490,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     info->isa = c->kernels->isa;
     info->threads = pool_threads(c->pool);
     info->kv_kind = c->kv.kind;
-    info->scratch_bytes = lay_out(c, c->memory);
+    info->scratch_bytes = lay_out(c, c->memory.at);
     info->kv_bytes_per_position = c->kv.page_bytes / PAGE_POSITIONS;
     *state = c;
     return 0;

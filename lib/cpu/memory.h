@@ -1,4 +1,4 @@
-/* memory.h: large memory on huge pages, and KV pages cut from it.
+/* memory.h: large memory from the system itself, on huge pages, and KV pages cut from it.
  *
  * A head's keys in one KV page are a few KiB, and those of the next KV page lie far away: on pages
  * of 4 KiB each would ask for an entry of the TLB of its own. */
@@ -6,13 +6,20 @@
 #define CPU_MEMORY_H
 #include <stddef.h>
 
-/* BYTES that no one has written to, for free(); NULL if there are none. Aligned to 64. */
-void *memory_take(size_t bytes);
+struct block {
+    void *at;         // aligned to 64, or to a huge page
+    void *map;        // where what was taken for it begins
+    size_t map_bytes;
+};
+
+/* BYTES that no one has written to. -1 if there are none: then it is one that takes nothing. */
+int block_take(struct block *block, size_t bytes);
+void block_give(struct block *block);
 
 /* Pieces of one size, which live until all are given back together. */
 struct slabs {
     size_t piece_bytes;  // set before the first is taken
-    void **list;         // (n)
+    struct block *list;  // (n)
     size_t n, used;      // slabs; pieces of the last one that are taken
 };
 

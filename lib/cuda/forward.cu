@@ -69,8 +69,10 @@ vectors normed(const part *p, const float *norm) {
     return {p->c->x, (int)f->dim, p->shape.n, nullptr, norm, f->norm_eps};
 }
 
+/* Not where the stream came from another device (send_batch). */
 void embed(part *p) {
-    run(p, launch_embed(p->c->weights.tok_embeddings, p->tokens, p->shape.n, p->c->x,
+    if (p->rows->from) return;
+    run(p, launch_embed(p->c->weights->tok_embeddings, p->tokens, p->shape.n, p->c->x,
                         p->c->stream));
 }
 
@@ -133,8 +135,9 @@ void layers(part *p) {
 void logits(part *p, int first, int n) {
     struct cuda *c = p->c;
     const llama_config *f = &c->model->config;
-    const vectors in = {c->x, (int)f->dim, n, p->wanted + first, c->weights.norm, f->norm_eps};
-    const target to = {c->weights.output, c->logits, (int)f->n_outputs};
+    const vectors in = {c->x, (int)f->dim, n, p->wanted + first, c->weights->norm, f->norm_eps};
+    float *out = c->logits + (size_t)p->shape.kept * f->n_outputs;
+    const target to = {c->weights->output, out, (int)f->n_outputs};
     if (p->shape.hidden) run(p, launch_gather(in, (int)f->dim, c->gathered, c->stream));
     else multiply(p, in, 1, &to, STORE);
 }
@@ -219,6 +222,12 @@ int send_batch(part *p) {
     p->tokens = on_device<int32_t>(p, to.tokens);
     p->wanted = on_device<int32_t>(p, to.wanted);
     p->items = on_device<attend_item>(p, to.items);
+    const size_t dim = c->model->config.dim;
+    if (rows->from &&
+        cuda_check(cudaMemcpyAsync(c->x, rows->from + p->start * dim,
+                                   (size_t)p->shape.n * dim * sizeof *c->x, cudaMemcpyHostToDevice,
+                                   c->stream), "sending a batch"))
+        return -1;
     return cuda_check(cudaMemcpyAsync(c->batch, c->host, to.pages + n_pages * sizeof(void *),
                                       cudaMemcpyHostToDevice, c->stream), "sending a batch");
 }
@@ -244,9 +253,9 @@ int show_stream(part *p, size_t layer, size_t done) {
 void whole_step(part *p) {
     struct cuda *c = p->c;
     embed(p);
-    for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
-        p->layer = &c->weights.layers[n];
-        p->layer_index = (int)n;
+    for (uint32_t n = c->first_layer; n < c->model->config.n_layers; n++) {
+        p->layer = &c->weights->layers[n];
+        p->layer_index = (int)(n - c->first_layer);
         layers(p);
     }
     if (p->shape.wanted) logits(p, 0, p->shape.wanted);
@@ -293,10 +302,10 @@ int graph_step(part *p) {
 int long_step(part *p, size_t done) {
     struct cuda *c = p->c;
     embed(p);
-    if (show_stream(p, 0, done)) return -1;
-    for (uint32_t n = 0; n < c->model->config.n_layers; n++) {
-        p->layer = &c->weights.layers[n];
-        p->layer_index = (int)n;
+    if (!p->rows->from && show_stream(p, 0, done)) return -1;
+    for (uint32_t n = c->first_layer; n < c->model->config.n_layers; n++) {
+        p->layer = &c->weights->layers[n];
+        p->layer_index = (int)(n - c->first_layer);
         layers(p);
         if (show_stream(p, n + 1, done)) return -1;
     }
@@ -308,6 +317,7 @@ int run_part(part *p, size_t done, float *out) {
     struct cuda *c = p->c;
     const llama_config *f = &c->model->config;
     if (send_batch(p)) return -1;
+    p->shape.kept = out ? 0 : (int)done;
     const bool whole = !p->rows->stream && p->shape.wanted <= LOGIT_ROWS;
     if (!whole && long_step(p, done)) return -1;
     if (whole && p->shape.n <= GRAPH_ROWS && graph_step(p)) return -1;
@@ -362,7 +372,7 @@ const float *stage_part(part *p, uint32_t stage) {
     struct cuda *c = p->c;
     const int dim = (int)c->model->config.dim;
     const float *norm = stage == LLAMA_STAGE_QKV    ? p->layer->attention_norm
-                        : stage == LLAMA_STAGE_HEAD ? c->weights.norm
+                        : stage == LLAMA_STAGE_HEAD ? c->weights->norm
                                                     : p->layer->ffn_norm;
     switch (stage) {
     case LLAMA_STAGE_OUTPUT:
@@ -413,7 +423,7 @@ int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
     device_layer there;
     uint8_t *memory = nullptr;
     int rc = layer_load(&there, &memory, layer, &c->model->layers[g->layer],
-                        &c->weights.layers[g->layer], c->stream);
+                        &c->weights->layers[g->layer], c->stream);
     for (size_t start = 0; start < g->n && !rc; start += (size_t)c->rows) {
         part p = {};
         p.c = c;
@@ -424,7 +434,7 @@ int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
             all[i] = of;
         }
         const struct rows rows = {(size_t)p.shape.n, nullptr, positions, nullptr, all, lengths, 0,
-                                  false, nullptr};
+                                  false, nullptr, nullptr, nullptr};
         p.rows = &rows;
         p.layer = &there;
         rc = run_stage(&p, g, start);

@@ -1,4 +1,5 @@
-/* memory.cu: finds the GPU, plans its memory, and brings the weights there as the file has them. */
+/* memory.cu: finds the GPU, plans its memory, and brings the weights there as the file has them,
+ * once for all sessions of a model. */
 #include "memory.h"
 #include <cstdio>
 #include <cstdlib>
@@ -45,13 +46,22 @@ namespace {
  * pinned buffers in turn, so that one is filled from the file while the other is sent. */
 struct loader {
     uint8_t *memory; // NULL: only counts
-    size_t at;
+    size_t at, told, total;
+    const llama_session_options *options;
     cudaStream_t stream;
     uint8_t *stages[2];
     cudaEvent_t sent[2];
     unsigned turn;
     int failed;
 };
+
+/* That all before AT is on its way: at most once for each stage's bytes, and at the end. */
+void tell(loader *l, size_t at) {
+    if (!l->options->progress || (at < l->told + STAGE_BYTES && at < l->total)) return;
+    l->told = at;
+    if (l->options->progress(l->options->context, at, l->total))
+        l->failed = fail("device \"cuda\": copying weights was stopped");
+}
 
 void send(loader *l, size_t to, const void *from, size_t bytes) {
     for (size_t done = 0; done < bytes && !l->failed; l->turn++) {
@@ -66,6 +76,7 @@ void send(loader *l, size_t to, const void *from, size_t bytes) {
                                "copying weights") ||
                     cuda_check(cudaEventRecord(sent, l->stream), "copying weights");
         done += n;
+        if (!l->failed && to + done < l->total) tell(l, to + done);
     }
 }
 
@@ -106,18 +117,22 @@ float matrix_scale(const struct matrix *m) {
     return scale;
 }
 
+void set_kind(device_matrix *d, const struct matrix *m) {
+    d->strip_bytes = m->strip_bytes;
+    d->rotated = m->kind->rotated;
+    d->kind = m->kind_number;
+    if (d->rotated) d->kind = d->kind == LLAMA_Q8R ? (uint32_t)LLAMA_Q8 : (uint32_t)LLAMA_Q4;
+}
+
 device_matrix put_matrix(loader *l, const struct matrix *m) {
     device_matrix d = {};
     if (!m->data) return d;
     d.data = (const uint8_t *)put(l, m->data, m->strips * m->strip_bytes);
     d.bias = put_vector(l, m->bias, m->rows);
-    d.strip_bytes = m->strip_bytes;
     d.rows = (int)m->rows;
     d.columns = (int)m->columns;
     d.strips = (int)m->strips;
-    d.rotated = m->kind->rotated;
-    d.kind = m->kind_number;
-    if (d.rotated) d.kind = d.kind == LLAMA_Q8R ? (uint32_t)LLAMA_Q8 : (uint32_t)LLAMA_Q4;
+    set_kind(&d, m);
     d.scale = l->memory ? matrix_scale(m) : 1;
     return d;
 }
@@ -134,47 +149,140 @@ void put_layer(loader *l, const struct layer *from, device_layer *to, size_t dim
     to->w2 = put_matrix(l, &from->w2);
 }
 
+/* What layers from w->first on need, and the head; the embedding with them if there are all. */
 void put_all(loader *l, const struct model *model, device_weights *w) {
     const llama_config *c = &model->config;
+    const bool tied = model->output.data == model->tok_embeddings.data;
     device_layer unused;
-    w->tok_embeddings = put_matrix(l, &model->tok_embeddings);
-    for (uint32_t i = 0; i < c->n_layers; i++)
+    if (!w->first || tied) w->tok_embeddings = put_matrix(l, &model->tok_embeddings);
+    for (uint32_t i = w->first; i < c->n_layers; i++)
         put_layer(l, &model->layers[i], w->layers ? &w->layers[i] : &unused, c->dim);
     w->norm = put_vector(l, model->norm, c->dim);
     w->output = w->tok_embeddings;
-    if (model->output.data != model->tok_embeddings.data)
-        w->output = put_matrix(l, &model->output);
+    if (!tied) w->output = put_matrix(l, &model->output);
     else w->output.bias = put_vector(l, model->output.bias, model->output.rows);
 }
 
-} // namespace
-
-size_t weights_count(const struct model *model) {
+size_t weights_count(const struct model *model, uint32_t first) {
     loader l = {};
     device_weights w = {};
+    w.first = first;
     put_all(&l, model, &w);
     return l.at;
 }
 
-int weights_load(device_weights *w, const struct model *model, cudaStream_t stream) {
+int weights_load(device_weights *w, const struct model *model,
+                 const llama_session_options *options, cudaStream_t stream) {
     loader l = {};
-    w->bytes = weights_count(model);
+    w->bytes = weights_count(model, w->first);
     w->layers = (device_layer *)calloc(model->config.n_layers, sizeof *w->layers);
     if (!w->layers) return fail("out of memory for a session");
     if (cuda_check(cudaMalloc((void **)&w->memory, w->bytes), "memory for the weights")) return -1;
     l.memory = w->memory;
+    l.total = w->bytes;
+    l.options = options;
     l.stream = stream;
     for (int i = 0; i < 2 && !l.failed; i++)
         l.failed = cuda_check(cudaMallocHost((void **)&l.stages[i], STAGE_BYTES),
                               "pinned memory to copy weights") ||
                    cuda_check(cudaEventCreate(&l.sent[i]), "copying weights");
     if (!l.failed) put_all(&l, model, w);
-    if (!l.failed) l.failed = cuda_check(cudaStreamSynchronize(stream), "copying weights");
+    const cudaError_t done = cudaStreamSynchronize(stream);
+    if (!l.failed) l.failed = cuda_check(done, "copying weights");
+    if (!l.failed) tell(&l, w->bytes);
     for (int i = 0; i < 2; i++) {
         if (l.sent[i]) cudaEventDestroy(l.sent[i]);
         if (l.stages[i]) cudaFreeHost(l.stages[i]);
     }
     return l.failed ? -1 : 0;
+}
+
+void weights_free(device_weights *w) {
+    cudaFree(w->memory);
+    free(w->layers);
+    free(w);
+}
+
+/* Among those that the model's sessions have here, some with all from layer FIRST on, or NULL. */
+device_weights *weights_find(const struct model *model, uint32_t first) {
+    device_weights *w = (device_weights *)model->on_device->weights;
+    while (w && w->first > first) w = w->next;
+    return w;
+}
+
+// ---- the plan
+
+/* The longest context whose pages fit what is AVAILABLE beside layers from FIRST on; 0: none. */
+size_t longest(const struct model *model, uint32_t first, const session_need &need,
+               size_t available) {
+    const size_t weights = weights_find(model, first) ? 0 : weights_count(model, first);
+    const size_t fixed = weights + need.scratch + SPARE_BYTES;
+    const size_t page_bytes = (model->config.n_layers - first) * need.layer_page_bytes;
+    if (fixed > available) return 0;
+    return page_bytes ? (available - fixed) / page_bytes * PAGE_POSITIONS : SIZE_MAX;
+}
+
+int plan(const struct model *model, uint32_t first, const session_need &need) {
+    size_t available = 0, total = 0;
+    if (cuda_check(cudaMemGetInfo(&available, &total), "asking for free memory")) return -1;
+    const uint32_t n_layers = model->config.n_layers;
+    const size_t fits = longest(model, first, need, available);
+    if (fits >= need.positions) return 0;
+    uint32_t fewer = first + 1;
+    while (fewer <= n_layers && longest(model, fewer, need, available) < need.positions) fewer++;
+    const size_t weights = weights_find(model, first) ? 0 : weights_count(model, first);
+    const size_t pages = ((size_t)need.positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
+    const double mib = 1 << 20;
+    char context[64] = "no context fits", layers[96] = "";
+    if (fits) snprintf(context, sizeof context, "the longest context that fits is %zu", fits);
+    if (fewer <= n_layers)
+        snprintf(layers, sizeof layers, "; with this one %u of %u layers fit (--gpu-layers %u)",
+                 n_layers - fewer, n_layers, n_layers - fewer);
+    return fail("device \"cuda\": %s needs %.0f MiB for weights of %u layers, %.0f for scratch and "
+                "%.0f for keys and values of %u positions, and %.0f are free: %s%s",
+                model->file.path, (double)weights / mib, n_layers - first,
+                (double)(need.scratch + SPARE_BYTES) / mib,
+                (double)(pages * (n_layers - first) * need.layer_page_bytes) / mib,
+                need.positions, (double)available / mib, context, layers);
+}
+
+device_weights *take_locked(const struct model *model, const llama_session_options *options,
+                            const session_need &need, cudaStream_t stream) {
+    const uint32_t first = options->host_layers;
+    if (plan(model, first, need)) return nullptr;
+    device_weights *w = weights_find(model, first);
+    if (w) return w->users++, w;
+    w = (device_weights *)calloc(1, sizeof *w);
+    if (!w) return fail("out of memory for a session"), nullptr;
+    w->first = first;
+    if (weights_load(w, model, options, stream)) return weights_free(w), nullptr;
+    w->users = 1;
+    w->next = (device_weights *)model->on_device->weights;
+    model->on_device->weights = w;
+    return w;
+}
+
+} // namespace
+
+device_weights *weights_take(const struct model *model, const llama_session_options *options,
+                             const session_need &need, cudaStream_t stream) {
+    pthread_mutex_lock(&model->on_device->lock);
+    device_weights *w = take_locked(model, options, need, stream);
+    pthread_mutex_unlock(&model->on_device->lock);
+    return w;
+}
+
+void weights_give(const struct model *model, device_weights *weights) {
+    if (!weights) return;
+    pthread_mutex_lock(&model->on_device->lock);
+    if (!--weights->users) {
+        device_weights *first = (device_weights *)model->on_device->weights, **at = &first;
+        while (*at != weights) at = &(*at)->next;
+        *at = weights->next;
+        model->on_device->weights = first;
+        weights_free(weights);
+    }
+    pthread_mutex_unlock(&model->on_device->lock);
 }
 
 int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,
@@ -200,18 +308,11 @@ int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,
                                        stream), "copying weights"))
             return -1;
         one.to->data = *memory + at;
-        one.to->strip_bytes = one.now->strip_bytes;
-        one.to->kind = one.now->kind_number;
+        set_kind(one.to, one.now);
         one.to->scale = matrix_scale(one.now);
         at += up_to(n, ALIGNMENT);
     }
     return cuda_check(cudaStreamSynchronize(stream), "copying weights");
-}
-
-void weights_free(device_weights *w) {
-    cudaFree(w->memory);
-    free(w->layers);
-    *w = {};
 }
 
 // ---- pages
@@ -254,24 +355,4 @@ void page_store_close(page_store *s) {
     for (size_t i = 0; i < s->n_pieces; i++) cudaFree(s->pieces[i]);
     free(s->pieces);
     *s = {};
-}
-
-// ---- the plan
-
-int plan(const struct model *model, size_t weights, size_t scratch, size_t page_bytes,
-         uint32_t positions) {
-    size_t available = 0, total = 0;
-    if (cuda_check(cudaMemGetInfo(&available, &total), "asking for free memory")) return -1;
-    const size_t pages = ((size_t)positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
-    const size_t fixed = weights + scratch + SPARE_BYTES;
-    if (fixed <= available && pages <= (available - fixed) / page_bytes) return 0;
-    const double mib = 1 << 20;
-    const size_t fit = fixed < available ? (available - fixed) / page_bytes * PAGE_POSITIONS : 0;
-    char context[96];
-    if (fit) snprintf(context, sizeof context, "the longest context that fits is %zu", fit);
-    else snprintf(context, sizeof context, "no context fits");
-    return fail("device \"cuda\": %s needs %.0f MiB for weights, %.0f for scratch and %.0f for "
-                "keys and values of %u positions, and %.0f are free: %s", model->file.path,
-                (double)weights / mib, (double)(scratch + SPARE_BYTES) / mib,
-                (double)(pages * page_bytes) / mib, positions, (double)available / mib, context);
 }

@@ -21,19 +21,30 @@ struct device_layer {
     device_matrix w1, w3, w2;
 };
 
+/* Of a model, from layer FIRST on; the sessions that have them here share them. */
 struct device_weights {
+    device_weights *next;             // more of the same model
+    int users;                        // sessions
+    uint32_t first;                   // 0: and the embedding
     uint8_t *memory;                  // all of them in one piece
     size_t bytes;
     device_matrix tok_embeddings, output;
     const float *norm;
-    device_layer *layers;             // (n_layers), on the host
+    device_layer *layers;             // (n_layers), those from FIRST on; on the host
 };
 
-/* Bytes that a model's weights take on a device. */
-size_t weights_count(const struct model *model);
-/* Copies them there; weights_free is right after either. */
-int weights_load(device_weights *weights, const struct model *model, cudaStream_t stream);
-void weights_free(device_weights *weights);
+/* What a session takes besides weights. */
+struct session_need {
+    size_t scratch, layer_page_bytes; // a page's share of one layer
+    uint32_t positions;
+};
+
+/* The weights from layer options->host_layers on, which come here unless another session of the
+ * model has them here. NULL if they and NEED do not fit what is free, with all the numbers. */
+device_weights *weights_take(const struct model *model, const llama_session_options *options,
+                             const session_need &need, cudaStream_t stream);
+/* A session less; NULL is allowed. */
+void weights_give(const struct model *model, device_weights *weights);
 /* LAYER, which is OF but for the matrices that stand in its place elsewhere: these go to *MEMORY,
  * to be freed after either end; THERE is what OF is on the device. */
 int layer_load(device_layer *to, uint8_t **memory, const struct layer *layer,
@@ -51,9 +62,4 @@ struct page_store {
 void page_store_open(page_store *store, size_t page_bytes, uint32_t positions);
 void *page_store_take(page_store *store); // NULL with the reason
 void page_store_close(page_store *store);
-
-/* Fails, with all the numbers, if WEIGHTS + SCRATCH + the pages of POSITIONS do not fit what is
- * free. */
-int plan(const struct model *model, size_t weights, size_t scratch, size_t page_bytes,
-         uint32_t positions);
 #endif

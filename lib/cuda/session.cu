@@ -195,7 +195,7 @@ void cuda_close(void *state) {
     if (c->stream) cudaStreamSynchronize(c->stream);
     graphs_free(c);
     page_store_close(&c->pages);
-    weights_free(&c->weights);
+    weights_give(c->model, c->weights);
     cudaFree(c->memory);
     cudaFree(c->lists);
     cudaFree(c->batch);
@@ -209,11 +209,13 @@ void kv_open(struct cuda *c, const llama_session_options *options, uint32_t posi
     const llama_config *f = &c->model->config;
     uint32_t kind = f->kind == LLAMA_F32 ? LLAMA_F32 : LLAMA_F16;
     if (options->kv_kind >= 0) kind = (uint32_t)options->kv_kind;
-    c->kv = {kind, (int)f->n_layers, (int)f->n_kv_heads, (int)f->head_dim};
+    const size_t n_layers = f->n_layers - c->first_layer;
+    c->kv = {kind, (int)n_layers, (int)f->n_kv_heads, (int)f->head_dim};
     const size_t element = kind == LLAMA_F32 ? 4 : kind == LLAMA_F16 ? 2 : 1;
     const size_t head = f->head_dim * element + (kind == LLAMA_Q8 ? 4 : 0);
-    c->page_bytes = (size_t)2 * f->n_layers * f->n_kv_heads * PAGE_POSITIONS * head;
-    page_store_open(&c->pages, c->page_bytes, positions);
+    c->layer_page_bytes = (size_t)2 * f->n_kv_heads * PAGE_POSITIONS * head;
+    c->page_bytes = n_layers * c->layer_page_bytes;
+    if (n_layers) page_store_open(&c->pages, c->page_bytes, positions);
 }
 
 int open_parts(struct cuda *c, const llama_session_options *options, llama_session_info *info) {
@@ -230,18 +232,19 @@ int open_parts(struct cuda *c, const llama_session_options *options, llama_sessi
     c->most_pages = 4 * ((size_t)info->max_seq_len / PAGE_POSITIONS + 1);
     c->memory_bytes = lay_out(c, nullptr);
     const size_t scratch = c->memory_bytes + batch_count(c, c->most_pages + c->most_pages / 2);
-    if (plan(c->model, weights_count(c->model), scratch, c->page_bytes, info->max_seq_len) ||
-        cuda_check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking),
-                   "opening a stream") ||
-        weights_load(&c->weights, c->model, c->stream) || scratch_open(c))
+    const session_need need = {scratch, c->layer_page_bytes, info->max_seq_len};
+    if (cuda_check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking),
+                   "opening a stream"))
         return -1;
+    c->weights = weights_take(c->model, options, need, c->stream);
+    if (!c->weights || scratch_open(c)) return -1;
     c->frequencies = (float *)malloc(f->head_dim / 2 * sizeof(float));
     if (!c->frequencies) return fail("out of memory for a session");
     rope_frequencies(f, 0, c->frequencies);
     info->isa = c->isa;
     info->threads = c->device.multiProcessorCount;
     info->kv_kind = c->kv.kind;
-    info->scratch_bytes = scratch;
+    info->scratch_bytes = info->gpu_scratch_bytes = scratch;
     info->kv_bytes_per_position = c->page_bytes / PAGE_POSITIONS;
     return 0;
 }
@@ -251,6 +254,7 @@ int cuda_open(const struct model *model, const llama_session_options *options,
     struct cuda *c = (struct cuda *)calloc(1, sizeof *c);
     if (!c) return fail("out of memory for a session");
     c->model = model;
+    c->first_layer = options->host_layers;
     if (open_parts(c, options, info)) return cuda_close(c), -1;
     *state = c;
     return 0;

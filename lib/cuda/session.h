@@ -10,13 +10,14 @@ extern "C" {
 
 /* Rows of one part of a prompt; more of them read weights less often, and take more scratch. */
 constexpr int MOST_ROWS = 512;
-constexpr int LOGIT_ROWS = 64;    // that get logits at once
+constexpr int LOGIT_ROWS = KEPT_ROWS; // that get logits at once
 constexpr int GRAPH_ROWS = 16;    // up to so many rows a step is kept as a graph
 constexpr int GRAPHS = 32;
 
 /* What the launches of a step depend on, besides what stands in device memory. */
 struct step_shape {
     int n, wanted, hidden, items, splits, pages_a_split;
+    int kept;                     // rows of logits that stay here, of the parts before
 };
 
 struct step_graph {
@@ -36,9 +37,10 @@ struct cuda {
     cudaDeviceProp device;
     char isa[300];                // "NVIDIA H200, sm_90"
     cudaStream_t stream;
-    device_weights weights;
+    device_weights *weights;
+    uint32_t first_layer;         // that runs here
     kv_shape kv;
-    size_t page_bytes;
+    size_t page_bytes, layer_page_bytes;
     struct page_store pages;
     int failed;                   // while pages were moved, where no error can be returned
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.checkpoints.mapped import Tensor
+from llama.checkpoints.tensors import Tensor
 from llama.quant import Array, widen
 
 Wide = NDArray[np.float64]
@@ -23,9 +23,6 @@ class Step(Protocol):
 
     def change(self, values: Wide, first: int, last: int) -> Wide:
         """Rows [first, last) as they were to what they become; VALUES may be written over."""
-
-    def release(self) -> None:
-        """Gives back the memory that reading took."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,6 @@ class LowRank:
                 values *= (_wide(self.magnitude.rows(first, last)) / norms)[:, None]
         return values
 
-    def release(self) -> None:
-        for each in (self.b, self.a, self.magnitude):
-            if each is not None:
-                each.release()
-
 
 @dataclass(frozen=True)
 class Offset:
@@ -63,9 +55,6 @@ class Offset:
     def change(self, values: Wide, first: int, last: int) -> Wide:
         values += _wide(self.by.rows(first, last)) * self.scale
         return values
-
-    def release(self) -> None:
-        self.by.release()
 
 
 @dataclass(frozen=True)
@@ -90,11 +79,6 @@ class Adapted:
         with np.errstate(over="ignore"):  # infinite: refused by name when it is written
             return values.astype(np.float32)
 
-    def release(self) -> None:
-        self.source.release()
-        for step in self.steps:
-            step.release()
-
 
 @dataclass(frozen=True)
 class Transposed:
@@ -113,9 +97,6 @@ class Transposed:
     def rows(self, first: int, last: int) -> Array:
         columns: Array = self.part.rows(0, self.part.shape[0])[:, first:last].T
         return columns
-
-    def release(self) -> None:
-        self.part.release()
 
 
 def _wide(rows: Array) -> Wide:

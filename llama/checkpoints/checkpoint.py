@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama.checkpoints.mapped import Tensor, Unreadable
+from llama.checkpoints.tensors import Tensor, Unreadable
 from llama.errors import LlamaError
 from llama.format import Config, Head, Rope, TokenizerKind, Value, expected_tensors
 from llama.quant import Kind

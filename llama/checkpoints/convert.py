@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llama.checkpoints.checkpoint import Checkpoint
-from llama.checkpoints.mapped import Tensor
+from llama.checkpoints.tensors import Tensor
 from llama.errors import LlamaError
 from llama.format import Head, Record, Writer, expected_tensors
 from llama.quant import TILE_ROWS, Array, Kind, kind_of, narrow
@@ -57,7 +57,6 @@ def convert(
             for first in range(0, record.rows, step):
                 last = min(first + step, record.rows)
                 writer.write(record.name, _rows(tensor, record, first, last))
-                tensor.release()
                 done = [record.n_bytes * row // record.rows for row in (first, last)]
                 progress(done[1] - done[0])
         finish(writer)

@@ -18,8 +18,8 @@ from llama.checkpoints import tokenizer_file, vocabulary
 from llama.checkpoints.checkpoint import Checkpoint, Options, Tokenizer
 from llama.checkpoints.family import family_of
 from llama.checkpoints.gguf_container import Container
-from llama.checkpoints.mapped import Tensor
 from llama.checkpoints.positions import yarn_attention
+from llama.checkpoints.tensors import Tensor
 from llama.errors import LlamaError
 from llama.format import Config, Rope, Value
 

@@ -20,9 +20,10 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llama.checkpoints.mapped import Mapped, Plain, Tensor, check_apart
+from llama.checkpoints.tensors import Plain, Tensor, array, check_apart
 from llama.errors import LlamaError
 from llama.quant import Array, Kind
+from llama.reading import File
 
 MAGIC = b"GGUF"
 MAX_NAME = 1 << 16
@@ -41,7 +42,7 @@ FLOAT_TYPES = {
 class Quantised:
     """A tensor in one of ggml's block types, dequantised a few rows at a time."""
 
-    file: Mapped
+    file: File
     offset: int
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -60,23 +61,20 @@ class Quantised:
 
     def _dequantised(self, first: int, last: int, row: int) -> Array:
         place, shape = self.offset + first * row, (last - first, row)
-        data = self.file.array(place, shape, "<u1", f"tensor {self.name}")
+        data = array(self.file, place, shape, "<u1", f"tensor {self.name}")
         values: Array = dequantize(np.ascontiguousarray(data), self.type)
         return values.reshape(last - first, self.shape[-1]).astype(np.float32, copy=False)
-
-    def release(self) -> None:
-        self.file.release()
 
 
 class _Cursor:
     """Walks through the front of the file and refuses to walk out of it."""
 
-    def __init__(self, file: Mapped) -> None:
+    def __init__(self, file: File) -> None:
         self.file, self.at = file, 0
 
     def number(self, code: str, what: str) -> Any:
         size = struct.calcsize("<" + code)
-        (value,) = struct.unpack("<" + code, self.file.bytes(self.at, size, what))
+        (value,) = struct.unpack("<" + code, self.file.read(self.at, size, what))
         self.at += size
         return value
 
@@ -84,7 +82,7 @@ class _Cursor:
         size = self.number("Q", what)
         if limit is not None and size > limit:
             raise LlamaError(f"{self.file.path}: {what} is {size} bytes long, at most {limit}")
-        raw = self.file.bytes(self.at, size, what)
+        raw = self.file.read(self.at, size, what)
         self.at += size
         try:
             return raw.decode("utf-8")
@@ -101,8 +99,7 @@ class _Cursor:
         of, n = self.number("I", what), self.number("Q", what)
         if of in SCALARS:
             dtype = np.dtype("?" if of == 7 else "<" + SCALARS[of])
-            self.file.check(self.at, n * dtype.itemsize, what)
-            values = np.frombuffer(self.file.map, dtype, n, self.at).tolist()
+            values = array(self.file, self.at, (n,), dtype.str, what).tolist()
             self.at += n * dtype.itemsize
             return values
         if of != STRING:
@@ -116,7 +113,7 @@ class Container:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = Mapped(path)
+        self.file = File(path)
         cursor = _Cursor(self.file)
         n_tensors, n_metadata = self._header(cursor)
         self.metadata: dict[str, Any] = {}
@@ -141,7 +138,7 @@ class Container:
         check_apart(path, self._places)
 
     def _header(self, cursor: _Cursor) -> tuple[int, int]:
-        magic = self.file.bytes(0, 4, "the header")
+        magic = self.file.read(0, 4, "the header")
         if magic != MAGIC:
             raise LlamaError(f"{self.path}: expected a GGUF file, it starts with {magic!r}")
         cursor.at = 4

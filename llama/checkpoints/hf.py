@@ -15,9 +15,9 @@ from typing import Any
 from llama.checkpoints import hf_heads, hf_tokenizer, safetensors_file, torch_file
 from llama.checkpoints.checkpoint import Checkpoint, Options
 from llama.checkpoints.hf_heads import Architecture
-from llama.checkpoints.mapped import Interleaved, Tensor
 from llama.checkpoints.positions import yarn_attention
 from llama.checkpoints.settings import Settings
+from llama.checkpoints.tensors import Interleaved, Tensor
 from llama.errors import LlamaError
 from llama.format import Config, Head, Rope
 

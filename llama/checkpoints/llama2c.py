@@ -15,10 +15,11 @@ from pathlib import Path
 
 from llama.checkpoints import tokenizer_file
 from llama.checkpoints.checkpoint import Checkpoint, Options
-from llama.checkpoints.mapped import Mapped, Plain, Tensor
+from llama.checkpoints.tensors import Plain, Tensor
 from llama.errors import LlamaError
 from llama.format import Config, Value, expected_tensors
 from llama.quant import Kind
+from llama.reading import File
 
 HEADER = struct.Struct("<7i")
 TOKENIZERS = ("tokenizer.model", "tokenizer.bin")
@@ -70,8 +71,8 @@ def recognise(head: bytes, size: int) -> bool:
 
 def load(path: Path, options: Options) -> Checkpoint:
     """Reads the header and finds the tokenizer; weights stay where they are."""
-    file = Mapped(path)
-    config = config_of(file.bytes(0, HEADER.size, "the header"))
+    file = File(path)
+    config = config_of(file.read(0, HEADER.size, "the header"))
     if config is None:
         raise LlamaError(f"{path}: expected llama2.c's header, found impossible numbers")
     order, size = _layout(config)

@@ -20,8 +20,8 @@ from llama.checkpoints import hf, safetensors_file, torch_file
 from llama.checkpoints.adapted import Adapted, LowRank, Offset, Step, Transposed
 from llama.checkpoints.checkpoint import Checkpoint, show
 from llama.checkpoints.lora_config import LoraConfig
-from llama.checkpoints.mapped import Interleaved, Tensor, Unreadable
 from llama.checkpoints.settings import Settings
+from llama.checkpoints.tensors import Interleaved, Tensor, Unreadable
 from llama.errors import LlamaError
 from llama.format import Head
 from llama.quant import widen
@@ -220,7 +220,6 @@ class _Merge:
             if not np.isfinite(rows).all():
                 self.fail(key, "a weight in it is not finite")
             del rows
-            tensor.release()
 
     def fail(self, name: str, problem: str) -> NoReturn:
         raise LlamaError(f"{self.file}: {name[:100]}: {problem}")

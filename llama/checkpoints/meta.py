@@ -15,8 +15,8 @@ from pathlib import Path
 from llama.checkpoints import tokenizer_file, torch_file
 from llama.checkpoints.checkpoint import Checkpoint, Options, Tokenizer, show
 from llama.checkpoints.family import family_by_name, sounds_like_chat
-from llama.checkpoints.mapped import ColumnShards, RowShards, Tensor
 from llama.checkpoints.settings import Settings
+from llama.checkpoints.tensors import ColumnShards, RowShards, Tensor
 from llama.errors import LlamaError
 from llama.format import Config, Rope, TokenizerKind, Value
 

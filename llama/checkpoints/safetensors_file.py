@@ -13,9 +13,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints.mapped import Mapped, Plain, Tensor, Unreadable, check_apart
+from llama.checkpoints.tensors import Plain, Tensor, Unreadable, check_apart
 from llama.errors import LlamaError
 from llama.quant import STORED, Kind
+from llama.reading import File
 
 LARGEST_HEADER = 100_000_000  # the format's own limit
 KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
@@ -30,11 +31,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; raises LlamaError."""
-    file = Mapped(path)
-    (size,) = struct.unpack("<Q", file.bytes(0, 8, "the header's length"))
+    file = File(path)
+    (size,) = struct.unpack("<Q", file.read(0, 8, "the header's length"))
     if size > LARGEST_HEADER:
         raise LlamaError(f"{path}: not safetensors: a header of {size} bytes")
-    raw = file.bytes(8, size, "the header")
+    raw = file.read(8, size, "the header")
     try:
         header = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -47,7 +48,7 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(file: Mapped, start: int, name: str, entry: Any) -> Tensor:
+def _tensor(file: File, start: int, name: str, entry: Any) -> Tensor:
     where = f"{file.path}: {name[:80]}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from llama.checkpoints.checkpoint import Checkpoint
-from llama.checkpoints.mapped import Tensor, Unreadable
+from llama.checkpoints.tensors import Tensor, Unreadable
 from llama.errors import LlamaError
 from llama.quant import widen
 
@@ -58,8 +58,6 @@ def same(a: Tensor, b: Tensor, progress: Callable[[int, int], object]) -> bool:
         left, right = (np.ascontiguousarray(widen(each.rows(first, last))) for each in (a, b))
         equal = np.array_equal(left.view(np.uint32), right.view(np.uint32))
         del left, right
-        a.release()
-        b.release()
         if not equal:
             return False
         progress(last, rows)

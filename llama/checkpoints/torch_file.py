@@ -4,7 +4,7 @@ Such a file is a zip of raw storages and one pickle that says how tensors lie in
 a program; this reader lets it say little. First its opcodes are listed and held against those
 that torch.save writes (pickle's own loader allocates whatever a memo index asks for). Then it
 runs in an unpickler that knows a few names, each a sealed stand-in of ours: nothing of Python or
-torch can be reached, called or changed. Weights stay in the map until they are asked for.
+torch can be reached, called or changed. Weights stay in the file until they are asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from llama.checkpoints.mapped import Mapped, Member, Plain, Tensor, Unreadable
+from llama.checkpoints.tensors import Member, Plain, Tensor, Unreadable
 from llama.errors import LlamaError
 from llama.quant import STORED, Array, Kind
+from llama.reading import File
 
 LARGEST_PICKLE = 16 << 20
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -59,17 +60,16 @@ class Strided:
         return self.storage.dtype
 
     def rows(self, first: int, last: int) -> Array:
-        numbers = self.storage.rows(0, self.storage.shape[0])
-        size = numbers.itemsize
+        shape = (last - first, *self.shape[1:])
+        if 0 in shape:
+            return self.storage.rows(0, 0).reshape(shape)
+        start = self.start + first * self.strides[0]
+        reach = sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
+        numbers = self.storage.rows(start, start + reach + 1)
         return np.lib.stride_tricks.as_strided(
-            numbers[self.start + first * self.strides[0] :],
-            (last - first, *self.shape[1:]),
-            [stride * size for stride in self.strides],
+            numbers, shape, [stride * numbers.itemsize for stride in self.strides],
             writeable=False,
-        )
-
-    def release(self) -> None:
-        self.storage.release()
+        )  # fmt: skip
 
 
 class _Sealed:
@@ -135,8 +135,8 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = Mapped(path)
-        if self.file.map[:4] != b"PK\3\4":
+        self.file = File(path)
+        if self.file.read(0, min(4, self.file.size), "its start") != b"PK\3\4":
             raise LlamaError(
                 f"{path}: expected PyTorch's zip format, found an older or another one; "
                 "load and save it again with a current torch"
@@ -158,7 +158,7 @@ class _Archive:
             raise LlamaError(f"{self.path}: {name} is missing inside")
         if info.compress_type != 0 or info.compress_size != info.file_size or info.flag_bits & 1:
             raise LlamaError(f"{self.path}: {name} is compressed inside, expected it stored")
-        head = self.file.bytes(info.header_offset, LOCAL_HEADER.size, name)
+        head = self.file.read(info.header_offset, LOCAL_HEADER.size, name)
         fields = LOCAL_HEADER.unpack(head)
         if fields[0] != b"PK\3\4":
             raise LlamaError(f"{self.path}: {name}: damaged zip header")
@@ -238,13 +238,13 @@ def read(path: Path) -> dict[str, Tensor]:
     archive = _Archive(path)
     if archive.prefix + "byteorder" in archive.members:
         member, offset, size = archive.place("byteorder")
-        order = member.bytes(offset, size, "byteorder")
+        order = member.read(offset, size, "byteorder")
         if order != b"little":
             raise LlamaError(f"{path}: expected little-endian weights, found {order[:10]!r}")
     member, offset, size = archive.place("data.pkl")
     if size > LARGEST_PICKLE:
         raise LlamaError(f"{path}: its pickle has {size} bytes, at most {LARGEST_PICKLE}")
-    data = member.bytes(offset, size, "data.pkl")
+    data = member.read(offset, size, "data.pkl")
     try:
         _check_opcodes(data)
         found = _Reader(archive, data).load()

@@ -92,7 +92,33 @@ static void use_texts(const llama_model *model) {
     (void)crc32_add(crc, bytes, n);
 }
 
+/* Keys and values out of a file, which may be any BYTES: they come back as they were, and a token
+ * that attends to them is computed, or refused for numbers that are not finite. */
+static void use_kv(llama_session *session, const uint8_t *bytes, size_t n_bytes) {
+    llama_session_info info;
+    const int32_t to = 9, token = 0;
+    const uint8_t want = 0;
+    MUST(!llama_get_session_info(session, &info));
+    const size_t each = info.kv_bytes_per_position;
+    size_t n = n_bytes / each < 40 ? n_bytes / each : 40;
+    if (n >= info.max_seq_len) n = info.max_seq_len - 1;
+    if (!n) return;
+    MUST(llama_write_kv(session, to, 0, (uint32_t)n, bytes, n * each - 1));
+    MUST(llama_write_kv(session, to, 1, (uint32_t)n, bytes, n * each));
+    MUST(!llama_write_kv(session, to, 0, (uint32_t)n, bytes, n * each));
+    uint8_t *back = malloc(n * each);
+    MUST(back && !llama_read_kv(session, to, 0, (uint32_t)n, back, n * each));
+    MUST(!memcmp(back, bytes, n * each));
+    free(back);
+    const int32_t at = (int32_t)n;
+    const llama_batch next = {.n = 1, .tokens = &token, .sequences = &to, .positions = &at,
+                              .want = &want};
+    (void)llama_forward(session, &next, NULL);
+}
+
 enum { ROWS = 5 };
+static const uint8_t *file_bytes; // of the input, sealed
+static size_t n_file_bytes;
 
 /* Three tokens of one sequence, two of another, then one more; OUT (ROWS + 1, n_outputs). The
  * context may be too short for it. */
@@ -120,6 +146,7 @@ static int run(llama_model *model, const char *isa, int activations, float *out)
         (void)llama_slide(session, 1, 1, 1);
         MUST(!llama_length(session, 0, &length) && length == 1);
     }
+    use_kv(session, file_bytes, n_file_bytes);
     llama_session_close(session);
     return rc;
 }
@@ -154,17 +181,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memcpy(sealed, data, size);
     seal(sealed, size);
     MUST(!ftruncate(fd, (off_t)size) && pwrite(fd, sealed, size, 0) == (ssize_t)size);
-    free(sealed);
+    file_bytes = sealed;
+    n_file_bytes = size;
     llama_model *model = NULL;
     if (llama_open(path, &model)) {
         const char *line = llama_error();
         MUST(!model && line[0] && !strchr(line, '\n'));
-        return 0;
+    } else {
+        use_texts(model);
+        use_tensors(model);
+        use_network(model);
+        llama_close(model);
     }
-    use_texts(model);
-    use_tensors(model);
-    use_network(model);
-    llama_close(model);
+    free(sealed);
     return 0;
 }
 

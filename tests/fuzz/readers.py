@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def trial(target: str) -> Callable[[bytes], None]:
 
     atexit.register(leave)
     work = {"gguf": _source, "llama2c": _source, "pth": _source, "safetensors": _source,
-            "config": _config, "tokenizer": _tokenizer, "template": _template}[target]  # fmt: skip
+            "config": _config, "tokenizer": _tokenizer, "template": _template,
+            "session": _session}[target]  # fmt: skip
     run = work(target, folder)
 
     def one(data: bytes) -> None:
@@ -137,6 +139,32 @@ def _tokenizer(target: str, folder: Path) -> Callable[[bytes], None]:
             ids = opened.encode("ab <s> \u00e9\n")
             assert all(0 <= token < size for token in ids), ids
             opened.decode(range(min(size, 300)))
+
+    return run
+
+
+def _session(target: str, folder: Path) -> Callable[[bytes], None]:
+    """A session's file, for a model that answers from it. Its length, model and checksum are made
+    right, but where the first byte is odd."""
+    import tiny_chat
+
+    from llama import SamplingParams, session
+    from llama.generate import Llama
+
+    llm = Llama(tiny_chat.write(folder / "chat.bin"), threads=1, max_seq_len=200)
+    params, path = SamplingParams(temperature=0.0, max_tokens=1), folder / "a.session"
+
+    def run(data: bytes) -> None:
+        odd, file = data[:1] >= b"\x01" and data[0] % 2, bytearray(data[1:])
+        if not odd and len(file) >= session.HEADER.size + 4:
+            file[16:48] = llm._engine.model.fingerprint
+            file[72:80] = len(file).to_bytes(8, "little")
+            file[-4:] = zlib.crc32(file[:-4]).to_bytes(4, "little")
+        path.write_bytes(file)
+        messages, tokens = llm.load_session(path)
+        assert tokens <= 200 and session.check(messages) == messages
+        question = {"role": "user", "content": "?"}
+        llm.chat([*messages[:1], question] if len(messages) < 2 else [*messages, question], params)
 
     return run
 

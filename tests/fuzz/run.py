@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD, CORPUS = ROOT / "build" / "fuzz", ROOT / "tests" / "corpus"
 NATIVE = ("bin", "sampler")
-READERS = ("gguf", "pth", "safetensors", "config", "tokenizer", "template", "llama2c")
+READERS = ("gguf", "pth", "safetensors", "config", "tokenizer", "template", "llama2c", "session")
 MEMORY = 2048  # MB that a target may take, sanitizers and Python included
 SECONDS = 10  # that an input may take: sanitizers and tracing slow everything
 

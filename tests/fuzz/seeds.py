@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import small_sources
+import tiny_chat
 from fake_engine import byte_tokenizer
 from small_sources import SHAPE
 
+from llama import SamplingParams
 from llama.config import Head, Rope
+from llama.generate import Llama
 from llama.quant import Kind
 
 TEMPLATES = [
@@ -33,7 +36,7 @@ def of(target: str) -> list[bytes]:
     return {"bin": _bins, "sampler": _samplers, "gguf": _ggufs, "config": _configs,
             "tokenizer": _tokenizers,
             "llama2c": lambda: [small_sources.llama2c()],
-            "safetensors": _safetensors, "pth": _pths,
+            "safetensors": _safetensors, "pth": _pths, "session": _sessions,
             "template": lambda: [text.encode() for text in TEMPLATES]}[target]()  # fmt: skip
 
 
@@ -82,6 +85,21 @@ def _configs() -> list[bytes]:
            b', "special": true}}}\0{"eos_token_id": [2, 3]}'  # fmt: skip
     found = [b"H" + json.dumps(config | {"rope_scaling": rope}).encode() for rope in ropes]
     return [b"H" + small_sources.hf_config() + more, *found, b"M" + small_sources.meta_params()]
+
+
+def _sessions() -> list[bytes]:
+    dialog = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    messages = [{"role": role, "content": text} for role, text in dialog]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, path = tiny_chat.write(Path(folder) / "chat.bin"), Path(folder) / "a.session"
+        with Llama(model, threads=1, max_seq_len=200) as llm:
+            for first in (0, 1, 3):
+                if first == 3:
+                    llm.chat(messages[:2], SamplingParams(max_tokens=3))
+                llm.save_session(path, messages[:first])
+                found += [bytes([odd]) + path.read_bytes() for odd in (0, 1)]
+    return found
 
 
 def _tokenizers() -> list[bytes]:

@@ -1,14 +1,13 @@
-"""A file mapped into memory, and tensors that hand out their rows a chunk at a time.
+"""Tensors that hand out their rows a chunk at a time.
 
 Every source speaks in these terms, so that a conversion never holds more than a chunk: rows
-[first, last) are looked up in the map, and `release` gives the pages back once they are written.
-Whatever a file says about itself is checked against its size here, before it is touched.
+[first, last) are read from the file when they are asked for, and no earlier. Whatever a file says
+about itself is checked against its size before it is used.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,79 +17,47 @@ import numpy as np
 
 from llama.errors import LlamaError
 from llama.quant import STORED, Array, Kind
+from llama.reading import File
 
 CHUNK_BYTES = 1 << 24  # of which a checksum is computed at once
 
 
-class Mapped:
-    """A read-only map of a whole file; raises LlamaError where it cannot be one."""
+class Source(Protocol):
+    """Where the bytes of a tensor stand: a File, or a Member of one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
-                if self.size == 0:
-                    raise LlamaError(f"{path}: the file is empty")
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise LlamaError(f"{path}: cannot read: {error.strerror}") from None
-
-    def bytes(self, offset: int, size: int, what: str) -> bytes:
-        """A copy of SIZE bytes; WHAT names them if the file is too short."""
-        self.check(offset, size, what)
-        return self.map[offset : offset + size]
-
-    def array(self, offset: int, shape: tuple[int, ...], dtype: str, what: str) -> Array:
-        """The numbers that stand at OFFSET, not copied."""
-        count = 1
-        for n in shape:
-            count *= n
-        kind = np.dtype(dtype)
-        self.check(offset, count * kind.itemsize, what)
-        return np.frombuffer(self.map, kind, count, offset).reshape(shape)
-
-    def check(self, offset: int, size: int, what: str) -> None:
-        """Raises LlamaError unless bytes [offset, offset + size) are in the file."""
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise LlamaError(
-                f"{self.path}: truncated: {what} needs bytes {offset} to {offset + size}, "
-                f"the file has {self.size}"
-            )
-
-    def release(self) -> None:
-        """Lets the system take back the pages read so far; later reads fetch them again."""
-        if hasattr(self.map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
+    def read(self, offset: int, size: int, what: str) -> bytes:
+        """SIZE bytes from OFFSET; WHAT names them if the file is too short."""
 
 
-class Member(Mapped):
-    """A part of a mapped file that has a checksum, compared before its first number is handed out;
-    a CRC32 of 0 is none, which torch writes where it is told not to compute one."""
+def array(file: Source, offset: int, shape: tuple[int, ...], dtype: str, what: str) -> Array:
+    """The numbers that stand at OFFSET of FILE."""
+    kind, count = np.dtype(dtype), math.prod(shape)
+    raw = file.read(offset, count * kind.itemsize, what)
+    return np.frombuffer(raw, kind, count).reshape(shape)
 
-    def __init__(self, file: Mapped, offset: int, size: int, crc32: int, name: str) -> None:
-        self.path, self.size, self.map = file.path, file.size, file.map
-        self._unread = crc32 != 0
+
+class Member:
+    """A part of a file that has a checksum, compared before its first number is handed out; a
+    CRC32 of 0 is none, which torch writes where it is told not to compute one."""
+
+    def __init__(self, file: File, offset: int, size: int, crc32: int, name: str) -> None:
+        self.file, self._unread = file, crc32 != 0
         self._offset, self._end, self._crc32, self._name = offset, offset + size, crc32, name
 
-    def bytes(self, offset: int, size: int, what: str) -> bytes:
+    def read(self, offset: int, size: int, what: str) -> bytes:
         self._verify()
-        return super().bytes(offset, size, what)
-
-    def array(self, offset: int, shape: tuple[int, ...], dtype: str, what: str) -> Array:
-        self._verify()
-        return super().array(offset, shape, dtype, what)
+        return self.file.read(offset, size, what)
 
     def _verify(self) -> None:
         if not self._unread:
             return
         found = 0
         for at in range(self._offset, self._end, CHUNK_BYTES):
-            found = zlib.crc32(self.map[at : min(at + CHUNK_BYTES, self._end)], found)
-            self.release()
+            size = min(CHUNK_BYTES, self._end - at)
+            found = zlib.crc32(self.file.read(at, size, self._name), found)
         if found != self._crc32:
             raise LlamaError(
-                f"{self.path}: {self._name} is damaged: checksum {found:08x}, recorded "
+                f"{self.file.path}: {self._name} is damaged: checksum {found:08x}, recorded "
                 f"{self._crc32:08x}"
             )
         self._unread = False
@@ -120,15 +87,12 @@ class Tensor(Protocol):
     def rows(self, first: int, last: int) -> Array:
         """Rows [first, last) as float32, float16, or uint16 for bf16."""
 
-    def release(self) -> None:
-        """Gives back the memory that reading took."""
-
 
 @dataclass(frozen=True)
 class Plain:
     """A float tensor that lies in one piece, row after row."""
 
-    file: Mapped
+    file: Source
     offset: int
     kind: Kind
     shape: tuple[int, ...]
@@ -142,10 +106,7 @@ class Plain:
         stored = STORED[self.kind]
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * stored.itemsize
         shape = (last - first, *self.shape[1:])
-        return self.file.array(self.offset + first * row, shape, stored.str, self.name)
-
-    def release(self) -> None:
-        self.file.release()
+        return array(self.file, self.offset + first * row, shape, stored.str, self.name)
 
 
 @dataclass(frozen=True)
@@ -173,10 +134,6 @@ class RowShards:
             start = end
         return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
-
 
 @dataclass(frozen=True)
 class ColumnShards:
@@ -194,10 +151,6 @@ class ColumnShards:
 
     def rows(self, first: int, last: int) -> Array:
         return np.concatenate([part.rows(first, last) for part in self.parts], axis=1)
-
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
 
 
 @dataclass(frozen=True)
@@ -227,9 +180,6 @@ class Interleaved:
         joined = np.swapaxes(pairs, 1, 2).reshape(split.shape)
         return joined[first - start : last - start]
 
-    def release(self) -> None:
-        self.part.release()
-
 
 @dataclass(frozen=True)
 class Unreadable:
@@ -241,6 +191,3 @@ class Unreadable:
 
     def rows(self, first: int, last: int) -> Array:
         raise LlamaError(f"{self.name}: expected float32, float16 or bfloat16, found {self.dtype}")
-
-    def release(self) -> None:
-        pass
