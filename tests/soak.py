@@ -386,7 +386,7 @@ def grown(before: int, rounds: int) -> str | None:
     """What is wrong with memory that was BEFORE so many ROUNDS ago: more than a page a round, over
     what one more thread or a longer text may take for good."""
     found = held() - before
-    if before == 0 or found <= (2 << 20) + 4096 * rounds:
+    if before == 0 or found <= (4 << 20) + 4096 * rounds:
         return None
     return f"memory grew by {found / 1e6:.1f} MB in {rounds} rounds"
 
