@@ -50,7 +50,7 @@ __global__ void unwaited_copy(const uint4 *in) {
     commit_copies();
 }
 
-/* Each thread reads its neighbour's bytes, and then has its own replaced. */
+/* Each thread reads its neighbour's bytes, and then has its own replaced, which may be at once. */
 __global__ void copy_over(const uint4 *in, uint4 *out, bool wait) {
     uint4 *shared = shared_memory<uint4>();
     const int i = (int)threadIdx.x;
@@ -60,6 +60,7 @@ __global__ void copy_over(const uint4 *in, uint4 *out, bool wait) {
     if (wait) __syncthreads();
     copy16(shared + i, in + THREADS + i, true);
     commit_copies();
+    __syncthreads();
     wait_copies<0>();
     __syncthreads();
     out[i] = shared[(i + 1) % THREADS];
