@@ -78,6 +78,7 @@ def test_order_of_threads_does_not_matter() -> None:
         ("address", "shared", "AddressSanitizer: heap-buffer-overflow"),
         ("thread", "race", "ThreadSanitizer: data race"),
         ("thread", "warp", "ThreadSanitizer: data race"),
+        ("thread", "copy race", "ThreadSanitizer: data race"),
         ("thread", "blocks", "ThreadSanitizer: data race"),
     ],
 )

@@ -277,8 +277,11 @@ static int cpu_forward(void *state, const struct rows *rows, float *out) {
             show_stream(&p, rows, n + 1, done);
         }
         for (size_t i = 0; i < p.n; i++) done += p.want && p.want[i];
-        if (rows->to) put(rows->to + start * dim, c->x, p.n, c->dim, dim);
-        else out = logits(&p, rows->hidden, out);
+        if (rows->to) {
+            put(rows->to + start * dim, c->x, p.n, c->dim, dim);
+            continue;
+        }
+        out = logits(&p, rows->hidden, out);
     }
     return 0;
 }

@@ -4,8 +4,8 @@
  * The threads of a block are fibers of one system thread, which go on one after the other between
  * __syncthreads() and the operations of a warp; blocks follow each other, and so do launches. All
  * shared memory is dynamic: each block's is its own, which a static variable could not be. What
- * a GPU leaves open stays open: fresh memory holds NaN, a copy by cp.async lands when it is waited
- * for, and AddressSanitizer and ThreadSanitizer see fibers as threads. What would hang on a GPU (a
+ * a GPU leaves open stays open: fresh memory holds NaN, and so does where a copy by cp.async goes
+ * till it is waited for; AddressSanitizer and ThreadSanitizer see fibers as threads. What would hang on a GPU (a
  * barrier or a warp operation that some threads never reach) ends the program with a line. */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
@@ -52,7 +52,13 @@ void *dynamic_shared();
 unsigned lane();
 
 struct copy { char *to; const char *from; int bytes, given; }; // beyond GIVEN come zeros
-void copy_async(void *to, const void *from, int bytes, int given);
+void copy_later(void *to, const void *from, int bytes, int given);
+/* It may land as soon as it is asked for: what stood there is gone, and ThreadSanitizer sees that,
+ * as it would not see a memset that the compiler writes out. */
+inline void copy_async(void *to, const void *from, int bytes, int given) {
+    for (int i = 0; i < bytes; i += 4) *(volatile unsigned *)((char *)to + i) = ~0u;
+    copy_later(to, from, bytes, given);
+}
 void copy_commit();
 bool copy_due(int left, copy *c); // the next one that is not among the LEFT last groups
 inline void copy_wait(int left) {

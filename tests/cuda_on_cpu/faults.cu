@@ -50,6 +50,22 @@ __global__ void unwaited_copy(const uint4 *in) {
     commit_copies();
 }
 
+/* Each thread reads its neighbour's bytes, and then has its own replaced, which may be at once. */
+__global__ void copy_over(const uint4 *in, uint4 *out, bool wait) {
+    uint4 *shared = shared_memory<uint4>();
+    const int i = (int)threadIdx.x;
+    shared[i] = in[i];
+    __syncthreads();
+    out[i] = shared[(i + 1) % THREADS];
+    if (wait) __syncthreads();
+    copy16(shared + i, in + THREADS + i, true);
+    commit_copies();
+    __syncthreads();
+    wait_copies<0>();
+    __syncthreads();
+    out[i] = shared[(i + 1) % THREADS];
+}
+
 int main(int count_of_words, char **words) {
     const char *fault = count_of_words > 1 ? words[1] : "none";
     const auto is = [&](const char *name) { return !strcmp(fault, name); };
@@ -71,6 +87,8 @@ int main(int count_of_words, char **words) {
     how.gridDim = dim3(1);
     cudaLaunchKernelEx(&how, warp_pass_on, out, !is("warp"));
     how.dynamicSmemBytes = THREADS * sizeof(uint4);
+    cudaLaunchKernelEx(&how, copy_over, (const uint4 *)out, (uint4 *)out + 2 * THREADS,
+                       !is("copy race"));
     if (is("barrier")) cudaLaunchKernelEx(&how, barrier_without_the_rest, out);
     if (is("lanes")) cudaLaunchKernelEx(&how, shuffle_without_lanes, out);
     if (is("copy")) cudaLaunchKernelEx(&how, unwaited_copy, (const uint4 *)out);

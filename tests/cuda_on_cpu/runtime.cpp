@@ -243,7 +243,7 @@ void cuda_on_cpu::do_ballot(void **lanes, unsigned) {
 
 void *cuda_on_cpu::dynamic_shared() { return now.shared; }
 
-void cuda_on_cpu::copy_async(void *to, const void *from, int bytes, int given) {
+void cuda_on_cpu::copy_later(void *to, const void *from, int bytes, int given) {
     thread *self = now.running;
     self->copies.push_back({{(char *)to, (const char *)from, bytes, given}, self->groups});
 }
