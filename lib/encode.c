@@ -58,8 +58,8 @@ static void encode_block(const struct encoding *e, const float *values, size_t n
         e->kernels->fit_q8(turned, scale);
         q8_pack(turned, scale, block);
     } else {
-        e->kernels->fit_q4(turned, importance, scale, shift);
-        q4_pack(turned, scale, shift, block);
+        e->kernels->fit_q4(e->kind->levels, turned, importance, scale, shift);
+        q4_pack(e->kind->levels, turned, scale, shift, block);
     }
 }
 
@@ -121,6 +121,7 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
                         const float *moved, size_t stride, struct block_q4 *block,
                         llama_loss *loss, size_t n_rows) {
     const size_t columns = e->tensor->is.shape[1];
+    const struct levels *levels = e->kind->levels;
     float values[GROUP * TILE_ROWS] = {0}, importance[GROUP] = {0};
     float scale[TILE_ROWS], shift[TILE_ROWS], largest = 0;
     struct block_values v;
@@ -137,7 +138,7 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
     }
     // shares, whose products neither overflow nor vanish
     for (size_t c = 0; c < n; c++) importance[c] = largest > 0 ? importance[c] / largest : 1;
-    e->kernels->fit_q4(values, importance, scale, shift);
+    e->kernels->fit_q4(levels, values, importance, scale, shift);
     for (size_t c = 0; c < n; c++) {
         const float *asks = e->factor + (first + c) * columns + first;
         float *value = values + c * TILE_ROWS, *error = tile + c * TILE_ROWS;
@@ -145,11 +146,11 @@ static void feedback_q4(const struct encoding *e, float *tile, size_t first, siz
             for (size_t r = 0; r < TILE_ROWS; r++)
                 value[r] += asks[before] * tile[before * TILE_ROWS + r];
         for (size_t r = 0; r < TILE_ROWS; r++) {
-            const int code = q4_code(value[r], scale[r], shift[r]);
-            error[r] -= scale[r] * ((float)q4_levels[code] + shift[r]);
+            const int code = q4_code(levels, value[r], scale[r], shift[r]);
+            error[r] -= scale[r] * ((float)levels->at[code] + shift[r]);
         }
     }
-    q4_pack(values, scale, shift, block);
+    q4_pack(levels, values, scale, shift, block);
     kind_decode(e->kind, block, v.after);
     loss_add(loss, &v, GROUP, n_rows, n);
 }
@@ -174,7 +175,7 @@ static void feedback_strips(struct encoding *e, size_t first, size_t n, float *r
         const struct input in = {.n = width, .columns = c, .x = e->factor + c * columns,
                                  .x_stride = columns};
         const struct matmul job = {(const uint8_t *)tiles, tile * sizeof *tiles, &in, moved,
-                                   AT_ONCE * TILE_ROWS};
+                                   AT_ONCE * TILE_ROWS, NULL};
         if (c) e->kernels->matmul_f32(&job, 0, n);
         for (size_t s = 0; s < n; s++)
             feedback_q4(e, tiles + s * tile, c, width, moved + s * TILE_ROWS,

@@ -13,6 +13,7 @@
 typedef float lanes[TILE_ROWS];
 
 struct fitting {
+    const struct levels *levels;
     const lanes *x;           // (GROUP) columns of one group, each (TILE_ROWS)
     const float *importance;  // (GROUP)
     lanes w, wx, wxx;         // sums over the columns: of importance w, w x, w x^2
@@ -53,13 +54,18 @@ static inline float fit_inverse(float scale) {
  * they leave less than what was kept. */
 static inline void fit_try(struct fitting *f, const lanes inverse, const lanes shift) {
     lanes q1 = {0}, q2 = {0}, xq = {0}; // sums of w q, w q^2, w x q
+    float steps[15], middles[15];
+    for (int i = 0; i < 15; i++) {
+        steps[i] = (float)(f->levels->at[i + 1] - f->levels->at[i]);
+        middles[i] = f->levels->middles[i];
+    }
     for (int c = 0; c < GROUP; c++) {
         const float w = f->importance[c];
         for (int r = 0; r < TILE_ROWS; r++) {
             const float y = f->x[c][r] * inverse[r] - shift[r];
-            float q = q4_levels[0];
+            float q = f->levels->at[0];
             for (int i = 0; i < 15; i++)
-                q += y > q4_middles[i] ? (float)(q4_levels[i + 1] - q4_levels[i]) : 0;
+                q += y > middles[i] ? steps[i] : 0;
             q1[r] += w * q;
             q2[r] += w * q * q;
             xq[r] += w * q * f->x[c][r];
@@ -83,12 +89,14 @@ static inline void fit_try(struct fitting *f, const lanes inverse, const lanes s
 /* Tries from the rows' extremes: the levels, either way up, may lie around zero or around the
  * middle of the extremes, and reach a little less or more far than they do; the best is tried
  * again from where it came to. */
-static void fit_q4(const float *values, const float *importance, float *scale, float *shift) {
+static void fit_q4(const struct levels *levels, const float *values, const float *importance,
+                   float *scale, float *shift) {
     // values (GROUP, TILE_ROWS), importance (GROUP), scale and shift (TILE_ROWS)
     static const float reaches[] = {0.74f, 0.82f, 0.88f, 0.93f, 0.98f, 1.03f, 1.09f, 1.18f};
     static const float centres[] = {0, 0.5f, 1};
-    const float top = q4_levels[15], bottom = q4_levels[0];
-    struct fitting f = {.x = (const lanes *)(const void *)values, .importance = importance};
+    const float top = levels->at[15], bottom = levels->at[0];
+    struct fitting f = {.levels = levels, .x = (const lanes *)(const void *)values,
+                        .importance = importance};
     lanes most, least, inverse, start;
     for (int r = 0; r < TILE_ROWS; r++) most[r] = -INFINITY, least[r] = INFINITY;
     for (int c = 0; c < GROUP; c++) {

@@ -270,14 +270,14 @@ static int read_tensors(struct file *f) {
     f->tensors = calloc(f->n_tensors + 1, sizeof *f->tensors);
     f->by_name = calloc(f->n_tensors + 1, sizeof *f->by_name);
     if (!f->tensors || !f->by_name) return fail("%s: out of memory", f->path);
-    uint64_t weights_of[LLAMA_Q4R + 1] = {0}; // by kind
+    uint64_t weights_of[LLAMA_Q4E + 1] = {0}; // by kind
     for (size_t i = 0; i < f->n_tensors; i++) {
         if (read_record(f, i)) return -1;
         const llama_tensor *t = &f->tensors[i].is;
         f->config.weight_bytes += t->bytes;
         if (t->n_dims == 2) weights_of[t->kind] += t->shape[0] * t->shape[1];
     }
-    for (uint32_t k = 0; k <= LLAMA_Q4R; k++)
+    for (uint32_t k = 0; k <= LLAMA_Q4E; k++)
         if (weights_of[k] > weights_of[f->config.kind]) f->config.kind = k;
     return check_directory(f);
 }

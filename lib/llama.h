@@ -37,7 +37,8 @@ enum {
     LLAMA_Q8 = 3,   // 8.5: int8 codes, one f16 scale for 32 columns of a row
     LLAMA_Q4 = 5,   // 4.5: 4-bit codes of uneven levels, a scale and a shift for 32 columns
     LLAMA_Q8R = 6,  // q8 and q4 of weights whose groups of 32 columns are rotated, so that inputs
-    LLAMA_Q4R = 7   // rotated likewise meet them, whose codes lose less; whole groups only
+    LLAMA_Q4R = 7,  // rotated likewise meet them, whose codes lose less; whole groups only
+    LLAMA_Q4E = 8   // q4 of even levels, for weights that stood on such before
 };
 
 enum {

@@ -39,7 +39,7 @@ static void multiply(const struct work *w, size_t i, size_t n, size_t strip, siz
                              .x_stride = w->x_stride};
     const size_t strip_bytes = w->length * TILE_ROWS * sizeof(float);
     const struct matmul job = {(const uint8_t *)w->strips + strip * strip_bytes, strip_bytes, &in,
-                               y, TILE};
+                               y, TILE, NULL};
     w->kernels->matmul_f32(&job, 0, strips);
 }
 

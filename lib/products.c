@@ -38,7 +38,7 @@ static void products_strips(const struct products *p, size_t first, size_t n_row
     const struct input in = {.n = p->n_x, .columns = p->columns, .x = p->x,
                              .x_stride = p->columns};
     const struct matmul job = {(const uint8_t *)m->tiles, tile * sizeof(float), &in, m->sums,
-                               WIDTH};
+                               WIDTH, NULL};
     p->kernels->matmul_f32(&job, 0, strips);
     for (size_t t = 0; t < p->n_x; t++)
         memcpy(p->y + t * p->n + first, m->sums + t * WIDTH, n_rows * sizeof(float));

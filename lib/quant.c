@@ -135,35 +135,64 @@ static void encode_q8(const float *values, void *block) {
 
 static float q4_scale(uint16_t d) { return f16_to_f32(d & Q4_SCALE_BITS) / Q4_SCALE; }
 
-static void decode_row_q4(const void *block, uint32_t row, float *values) {
+/* Those that, each group with its best scale and shift, leave the least squared error of the
+ * matrices of a small Llama (Lloyd's method). */
+static const struct levels q4_levels = {
+    {-127, -101, -80, -63, -48, -34, -22, -10, 2, 13, 26, 38, 53, 68, 85, 107},
+    {-114, -90.5f, -71.5f, -55.5f, -41, -28, -16, -4, 7.5f, 19.5f, 32, 45.5f, 60.5f, 76.5f, 96},
+};
+static const struct levels q4e_levels = {
+    {-120, -104, -88, -72, -56, -40, -24, -8, 8, 24, 40, 56, 72, 88, 104, 120},
+    {-112, -96, -80, -64, -48, -32, -16, 0, 16, 32, 48, 64, 80, 96, 112},
+};
+
+static void decode_row_levels(const struct levels *levels, const void *block, uint32_t row,
+                              float *values) {
     const struct block_q4 *b = block;
     const float scale = q4_scale(b->d[row]);
     const int shift = q4_shift(b->d[row]);
     for (int c = 0; c < GROUP / 2; c++) {
         const uint8_t byte = b->q[c / 4][row][c % 4];
-        values[c] = scale * (float)(q4_levels[byte & 15] + shift);
-        values[c + GROUP / 2] = scale * (float)(q4_levels[byte >> 4] + shift);
+        values[c] = scale * (float)(levels->at[byte & 15] + shift);
+        values[c + GROUP / 2] = scale * (float)(levels->at[byte >> 4] + shift);
     }
 }
 
-void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *b) {
+static void decode_row_q4(const void *block, uint32_t row, float *values) {
+    decode_row_levels(&q4_levels, block, row, values);
+}
+
+static void decode_row_q4e(const void *block, uint32_t row, float *values) {
+    decode_row_levels(&q4e_levels, block, row, values);
+}
+
+void q4_pack(const struct levels *levels, const float *values, const float *scale,
+             const float *shift, struct block_q4 *b) {
     for (int r = 0; r < TILE_ROWS; r++) {
         b->d[r] = (uint16_t)(f32_to_f16(scale[r] * Q4_SCALE) |
                              ((int)shift[r] - Q4_LEAST_SHIFT) / 2);
         for (int c = 0; c < GROUP; c++) {
-            const int code = q4_code(values[c * TILE_ROWS + r], scale[r], shift[r]);
+            const int code = q4_code(levels, values[c * TILE_ROWS + r], scale[r], shift[r]);
             uint8_t *byte = &b->q[c % 16 / 4][r][c % 4];
             *byte = c < GROUP / 2 ? (uint8_t)code : (uint8_t)(*byte | code << 4);
         }
     }
 }
 
-static void encode_q4(const float *values, void *block) {
+static void encode_levels(const struct levels *levels, const float *values, void *block) {
     float turned[GROUP * TILE_ROWS], importance[GROUP], scale[TILE_ROWS], shift[TILE_ROWS];
     for (int c = 0; c < GROUP; c++) importance[c] = 1;
     turn(values, turned);
-    fit_q4(turned, importance, scale, shift);
-    q4_pack(turned, scale, shift, block);
+    fit_q4(levels, turned, importance, scale, shift);
+    q4_pack(levels, turned, scale, shift, block);
+}
+
+static void encode_q4(const float *values, void *block) {
+    encode_levels(&q4_levels, values, block);
+}
+
+static void encode_q4e(const float *values, void *block) {
+    encode_levels(&q4e_levels, values, block);
 }
 
 // ---- rotated
@@ -188,17 +217,20 @@ void rotate_group(float *x, float size) {
 enum { Q8_BYTES = sizeof(struct block_q8), Q4_BYTES = sizeof(struct block_q4) };
 #define Q8_LIMIT (127 * 65504.0f)
 #define Q4_LIMIT (107 * Q4_MOST_SCALE)
+#define Q4E_LIMIT (120 * Q4_MOST_SCALE)
 #define ROTATED_MOST (GROUP * ROTATED_WEIGHT) // what rotation makes of 32 weights of 1, at most
 
 static const struct kind kinds[] = {
     // by their numbers in llama.h; 4 was a kind of 16 equal steps
-    {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32, 0},
-    {"f16", 1, 32, 65504, decode_row_f16, encode_f16, 0},
-    {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16, 0},
-    {"q8", GROUP, Q8_BYTES, Q8_LIMIT, decode_row_q8, encode_q8, 0},
-    [LLAMA_Q4] = {"q4", GROUP, Q4_BYTES, Q4_LIMIT, decode_row_q4, encode_q4, 0},
-    {"q8r", GROUP, Q8_BYTES, Q8_LIMIT / ROTATED_MOST, decode_row_q8, encode_q8, 1},
-    {"q4r", GROUP, Q4_BYTES, Q4_LIMIT / ROTATED_MOST, decode_row_q4, encode_q4, 1},
+    {"f32", 1, 64, FLT_MAX, decode_row_f32, encode_f32, 0, NULL},
+    {"f16", 1, 32, 65504, decode_row_f16, encode_f16, 0, NULL},
+    {"bf16", 1, 32, 0x1.fep127f, decode_row_bf16, encode_bf16, 0, NULL},
+    {"q8", GROUP, Q8_BYTES, Q8_LIMIT, decode_row_q8, encode_q8, 0, NULL},
+    [LLAMA_Q4] = {"q4", GROUP, Q4_BYTES, Q4_LIMIT, decode_row_q4, encode_q4, 0,
+                  &q4_levels},
+    {"q8r", GROUP, Q8_BYTES, Q8_LIMIT / ROTATED_MOST, decode_row_q8, encode_q8, 1, NULL},
+    {"q4r", GROUP, Q4_BYTES, Q4_LIMIT / ROTATED_MOST, decode_row_q4, encode_q4, 1, &q4_levels},
+    {"q4e", GROUP, Q4_BYTES, Q4E_LIMIT, decode_row_q4e, encode_q4e, 0, &q4e_levels},
 };
 
 const struct kind *kind_find(uint32_t kind) {

@@ -21,23 +21,24 @@ struct block_q8 {
     int8_t q[GROUP / 4][TILE_ROWS][4];  // -127..127 from our encoder; a -128 met means -128
 };
 /* q4: GROUP columns; a byte holds column c < 16 in its low half and column c + 16 in its high
- * half. value(r, c) = scale[r] * (q4_levels[code] + shift[r]), code = half of
- * q[c % 16 / 4][r][c % 4]
+ * half. value(r, c) = scale[r] * (levels[code] + shift[r]), code = half of q[c % 16 / 4][r][c % 4]
  *
  *   d[r]:  f16, its fraction cut to 4 bits: Q4_SCALE scale | 6 bits: shift / 2 + 32
  *
- * Weights crowd around their middle, so the levels do too; the scale's sign turns them over, as
- * they reach further down than up, and the shift takes them to where a group's middle is. */
+ * Weights crowd around their middle, so q4's levels do too; the scale's sign turns them over, as
+ * they reach further down than up, and the shift takes them to where a group's middle is.
+ *
+ * q4e: the same blocks with even levels. Weights that were 4-bit once, in a kind of llama.cpp's,
+ * stand on even steps of groups of 32, and are met there. */
 struct block_q4 {
     uint16_t d[TILE_ROWS];
     uint8_t q[GROUP / 8][TILE_ROWS][4];
 };
-/* The levels that, each group with its best scale and shift, leave the least squared error of the
- * matrices of a small Llama (Lloyd's method); half way between them. */
-static const int8_t q4_levels[16] = {-127, -101, -80, -63, -48, -34, -22, -10,
-                                     2,    13,   26,  38,  53,  68,  85,  107};
-static const float q4_middles[15] = {-114,  -90.5f, -71.5f, -55.5f, -41, -28,   -16, -4,
-                                     7.5f,  19.5f,  32,     45.5f,  60.5f, 76.5f, 96};
+/* A 4-bit kind's levels, and half way between them. */
+struct levels {
+    int8_t at[16];
+    float middles[15];
+};
 #define Q4_SCALE 64.f
 #define Q4_MOST_SCALE (0x1.fp15f / Q4_SCALE)
 enum { Q4_SCALE_BITS = 0xffc0, Q4_SHIFT_BITS = 0x3f, Q4_LEAST_SHIFT = -64, Q4_MOST_SHIFT = 62 };
@@ -58,6 +59,7 @@ struct kind {
     void (*decode_row)(const void *block, uint32_t row, float *values); // values (columns)
     void (*encode)(const float *values, void *block); // values (TILE_ROWS, columns), finite
     int rotated;           // the two above take and give rotated weights
+    const struct levels *levels; // of 4-bit kinds
 };
 
 /* Turns x (n) by a Hadamard matrix, in blocks of b, the largest power of two that divides n: for
@@ -71,15 +73,16 @@ void rotate_group(float *x, float size);
  * with f16's precision. Each weight gets the nearest code. */
 void q8_pack(const float *values, const float *scale, struct block_q8 *block);
 /* The code of the level nearest to value / scale - shift, or the level. */
-static inline int q4_code(float value, float scale, float shift) {
+static inline int q4_code(const struct levels *levels, float value, float scale, float shift) {
     const float y = scale == 0 ? 0 : value / scale - shift;
     int code = 0;
-    for (int i = 0; i < 15; i++) code += y > q4_middles[i];
+    for (int i = 0; i < 15; i++) code += y > levels->middles[i];
     return code;
 }
 /* Packs one q4 block: values (GROUP, TILE_ROWS), column by column; scale and shift (TILE_ROWS)
  * as fit.h finds them. Each weight gets the nearest level. */
-void q4_pack(const float *values, const float *scale, const float *shift, struct block_q4 *block);
+void q4_pack(const struct levels *levels, const float *values, const float *scale,
+             const float *shift, struct block_q4 *block);
 
 /* NULL for a number that is no kind. */
 const struct kind *kind_find(uint32_t kind);

@@ -18,7 +18,8 @@ from llama.engine import measure_bandwidth
 from llama.facts import Config, Tensor
 from llama.quant import Kind
 
-INTEGER = (Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R)  # products of int8 codes; the others' are f32
+# products of int8 codes; the others' are f32
+INTEGER = (Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E)
 
 
 @dataclass(frozen=True)

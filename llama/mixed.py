@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from llama import rotation
+from llama import variants
 from llama.calibrate import Calibration
 from llama.cli import say
 from llama.config import Head
@@ -38,7 +38,7 @@ from llama.stages import Blocks
 TRIES = 6  # mixtures that are written and measured, for --max-kld
 NEAR = 0.9  # of the promised distance: what comes as near is not tried to be smaller
 AIM = 0.97  # of it: for what chance the next prediction has
-FOUR = (Kind.Q4, Kind.Q4R)
+FOUR = (Kind.Q4, Kind.Q4R, Kind.Q4E)
 EMBEDDING = "tok_embeddings.weight"
 
 
@@ -68,8 +68,8 @@ def mix(
             raise LlamaError("--max-kld is about next tokens, and this model gives none; --size")
         kinds = [kinds_of(tensor, model.config.head) for tensor in model.tensors]
         smallest = _records(model.tensors, [few[0] for few in kinds])
-        if rotation.wanted(rotate, model, smallest, threads):
-            kinds = [_rotated(*pair) for pair in zip(model.tensors, kinds, strict=True)]
+        suited = variants.suited(rotate, model, smallest, threads)
+        kinds = [_like(*pair) for pair in zip(suited, kinds, strict=True)]
         # what cannot be is refused before an hour's work
         probe = writer_of(model, out, _records(model.tensors, [k[0] for k in kinds]), command,
                           force)  # fmt: skip
@@ -111,9 +111,12 @@ def kinds_of(tensor: Tensor, head: Head) -> list[Kind]:
     return sorted(smaller or [tensor.kind], key=lambda kind: (sizes.get(kind, 0), kind))
 
 
-def _rotated(tensor: Tensor, kinds: list[Kind]) -> list[Kind]:
-    records = [Record(tensor.name, kind, tensor.shape) for kind in kinds]
-    return [record.kind for record in rotation.rotated(records)]
+def _like(smallest: Record, kinds: list[Kind]) -> list[Kind]:
+    """KINDS of a matrix whose smallest became a variant: the others of them do too."""
+    others = [Record(smallest.name, kind, smallest.shape) for kind in kinds[1:]]
+    if smallest.kind.rotated:
+        others = variants.rotated(others)
+    return [smallest.kind, *(record.kind for record in others)]
 
 
 def _scratch(out: Path) -> BinaryIO:

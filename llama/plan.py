@@ -124,7 +124,7 @@ def drawn(labels: Sequence[str]) -> str:
     """The kinds of one role's matrices, one sign a layer where they differ: "844444f"."""
     if len(set(labels)) == 1:
         return labels[0]
-    signs = {"q4": "4", "q4r": "4", "q8": "8", "q8r": "8", "f16": "f", "bf16": "b"}
+    signs = {"q4": "4", "q4r": "4", "q4e": "4", "q8": "8", "q8r": "8", "f16": "f", "bf16": "b"}
     return "".join(signs.get(label, "F") for label in labels)
 
 

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     Q4 = 5
     Q8R = 6
     Q4R = 7
+    Q4E = 8
 
     @property
     def label(self) -> str:
@@ -61,6 +62,7 @@ LAYOUTS = {
     Kind.Q4: Layout(GROUP, 288),
     Kind.Q8R: Layout(GROUP, 544),
     Kind.Q4R: Layout(GROUP, 288),
+    Kind.Q4E: Layout(GROUP, 288),
 }
 # What a float kind is held as in numpy.
 STORED: dict[Kind, np.dtype[Any]] = {
@@ -70,10 +72,11 @@ STORED: dict[Kind, np.dtype[Any]] = {
 }
 
 
-# q4's, as in lib/quant.h
-Q4_LEVELS = np.array(
+# of 4-bit kinds, as in lib/quant.c
+UNEVEN = np.array(
     [-127, -101, -80, -63, -48, -34, -22, -10, 2, 13, 26, 38, 53, 68, 85, 107], np.int16
 )
+LEVELS = {Kind.Q4: UNEVEN, Kind.Q4R: UNEVEN, Kind.Q4E: np.arange(-120, 121, 16, np.int16)}
 
 # of rotated kinds: +1 where row & column have an even number of ones
 HADAMARD = np.array(
@@ -156,7 +159,7 @@ def untile(data: Array, kind: Kind, rows: int, columns: int) -> NDArray[np.float
         # u8 q[c / 4][r][c mod 4]: columns 0..15 in the low halves, 16..31 in the high ones
         bytes_ = codes.reshape(strips, -1, GROUP // 8, TILE_ROWS, 4).transpose(0, 1, 3, 2, 4)
         halves = bytes_.reshape(strips, -1, TILE_ROWS, GROUP // 2)
-        levels = Q4_LEVELS[np.concatenate([halves & 15, halves >> 4], axis=3)]
+        levels = LEVELS[kind][np.concatenate([halves & 15, halves >> 4], axis=3)]
         by_row = levels + 2 * ((d & 63).astype(np.int16) - 32)[..., None]
         scales = (d & 0xFFC0).view("<f2").astype(np.float32) * np.float32(1 / 64)
     values = by_row * scales[..., None]  # (strips, blocks, 16, 32)

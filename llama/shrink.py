@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llama import golden, rotation
+from llama import golden, variants
 from llama.calibrate import Calibration, hold_out, texts_of
 from llama.cli import say
 from llama.distance import measure
@@ -91,7 +91,7 @@ def shrink(
     standard error.
 
     CALIBRATE None: each weight becomes the nearest level; 8 bits know nothing else. ROTATE None:
-    where it costs nothing (rotation.py). COMMAND is noted in the receipt. Raises LlamaError; then,
+    where it costs nothing (variants.py). COMMAND is noted in the receipt. Raises LlamaError; then,
     and on Ctrl-C, nothing is left of OUT.
     """
     with Model(source) as model:
@@ -100,8 +100,7 @@ def shrink(
         if all(r.kind == t.kind for r, t in zip(records, tensors, strict=True)):
             above = f", not above {bits} bits" if bits < 32 else ""
             raise LlamaError(f"{source}: is in {model.config.dtype} already{above}")
-        if rotation.wanted(rotate, model, records, threads):
-            records = rotation.rotated(records)
+        records = variants.suited(rotate, model, records, threads)
         receipt = begin(model, bits, command)
         with writer_of(model, out, records, command, force) as writer, ExitStack() as stack:
             calibration: Calibration | None = None

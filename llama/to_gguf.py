@@ -37,12 +37,14 @@ TYPES = {
     Kind.BF16: GGMLQuantizationType.BF16, Kind.Q8: GGMLQuantizationType.Q8_0,
     Kind.Q4: GGMLQuantizationType.Q4_0, Kind.Q8R: GGMLQuantizationType.Q8_0,
     Kind.Q4R: GGMLQuantizationType.Q4_0,
+    Kind.Q4E: GGMLQuantizationType.Q4_0,
 }  # fmt: skip
 FILE_TYPES = {
     Kind.F32: gguf.LlamaFileType.ALL_F32, Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
     Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16, Kind.Q8: gguf.LlamaFileType.MOSTLY_Q8_0,
     Kind.Q4: gguf.LlamaFileType.MOSTLY_Q4_0, Kind.Q8R: gguf.LlamaFileType.MOSTLY_Q8_0,
     Kind.Q4R: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Kind.Q4E: gguf.LlamaFileType.MOSTLY_Q4_0,
 }  # fmt: skip
 PIECE = 1 << 24  # weights that are converted at a time
 # encodes float32 rows (n, columns) in a block type: the peer's quantiser

@@ -221,7 +221,8 @@ static void try_product(path by, uint32_t kind, int rows, int columns, int n, af
 }
 
 static void try_products(bool few) {
-    static const uint32_t kinds[] = {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4};
+    static const uint32_t kinds[] = {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4,
+                                     LLAMA_Q4E};
     for (uint32_t kind : kinds) {
         try_product(GEMV, kind, 40, 100, 1, STORE, 2 | 8);
         try_product(GEMV, kind, 35, 2111, 4, ADD, 1 | 4);
@@ -242,7 +243,7 @@ static void try_products(bool few) {
 }
 
 static void try_embed() {
-    for (uint32_t kind : {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4}) {
+    for (uint32_t kind : {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4, LLAMA_Q4E}) {
         const weights w((uint32_t)kind, 37, 300, false);
         const on_device d(w);
         const std::vector<int32_t> tokens = {36, 0, 17};

@@ -115,7 +115,9 @@ static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns,
         k->quantize_row(x + t * columns, columns, q + t * groups * 32, d + t * groups,
                         sum + t * groups);
     struct input in = {n, columns, x, columns, q, d, sum};
-    struct matmul_job job = {{weights, strip, &in, y, strips * TILE_ROWS}, strips, entries[kind]};
+    const int8_t *levels = kind == LLAMA_Q4 ? kind_find(kind)->levels->at : NULL;
+    struct matmul_job job = {{weights, strip, &in, y, strips * TILE_ROWS, levels}, strips,
+                             entries[kind]};
     printf("%-12s matmul_%-5s %5zu columns, %3zu tokens:", k->isa, kind_find(kind)->name, columns,
            n);
     for (int all = 0; all < 2; all++) {

@@ -94,7 +94,8 @@ static void test_exp(void) {
 /* How far one weight may come back off, as a share of the largest: OTHERWISE for all but 4 bits and
  * rotated kinds, where it pays for its whole group. */
 static double tolerance(uint32_t kind, double otherwise) {
-    return kind == LLAMA_Q4 ? 0.17 : kind == LLAMA_Q4R ? 0.5 : kind == LLAMA_Q8R ? 0.03 : otherwise;
+    if (kind == LLAMA_Q4 || kind == LLAMA_Q4E) return 0.17;
+    return kind == LLAMA_Q4R ? 0.5 : kind == LLAMA_Q8R ? 0.03 : otherwise;
 }
 
 /* Encodes random rows of a size; the error must stay within half a step of the codes, or what the
@@ -180,7 +181,7 @@ static void test_decode_row(uint32_t kind) {
 void test_numbers(void) {
     test_conversions();
     test_exp();
-    for (uint32_t kind = 0; kind <= LLAMA_Q4R; kind++) {
+    for (uint32_t kind = 0; kind <= LLAMA_Q4E; kind++) {
         if (!kind_find(kind)) continue;
         test_extremes(kind);
         test_decode_row(kind);
@@ -190,6 +191,7 @@ void test_numbers(void) {
         test_encoder(LLAMA_Q8R, size);
         if (size < 2e4f) test_encoder(LLAMA_Q4, size);
         if (size < 2e4f) test_encoder(LLAMA_Q4R, size);
+        if (size < 2e4f) test_encoder(LLAMA_Q4E, size);
     }
-    check(!kind_find(4) && !kind_find(LLAMA_Q4R + 1), "kinds 4 or %d exist", LLAMA_Q4R + 1);
+    check(!kind_find(4) && !kind_find(LLAMA_Q4E + 1), "kinds 4 or %d exist", LLAMA_Q4E + 1);
 }

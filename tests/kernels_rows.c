@@ -372,12 +372,13 @@ void test_attention(void) {
 }
 
 /* A scale, a shift and the levels nearest to them leave no more than plain choices do. */
-static double fit_error(const float *x, const float *w, float scale, float shift, size_t r) {
+static double fit_error(const struct levels *levels, const float *x, const float *w, float scale,
+                        float shift, size_t r) {
     double sum = 0;
     for (size_t c = 0; c < GROUP; c++) {
         double best = INFINITY;
         for (int i = 0; i < 16; i++) {
-            const double off = (double)x[c * TILE_ROWS + r] - scale * (q4_levels[i] + shift);
+            const double off = (double)x[c * TILE_ROWS + r] - scale * (levels->at[i] + shift);
             best = fmin(best, w[c] * off * off);
         }
         sum += best;
@@ -385,7 +386,9 @@ static double fit_error(const float *x, const float *w, float scale, float shift
     return sum;
 }
 
-static void test_fit(float size, float middle, int scene) {
+static void test_fit(uint32_t kind, float size, float middle, int scene) {
+    const struct levels *levels = kind_find(kind)->levels;
+    const double most_worse = kind == LLAMA_Q4E ? 1.5 : 1.2; // the tries are laid out for q4
     float x[GROUP * TILE_ROWS], w[GROUP], want[2 * TILE_ROWS], got[2 * TILE_ROWS], eight[TILE_ROWS];
     char what[64];
     size_t worse = 0;
@@ -393,14 +396,14 @@ static void test_fit(float size, float middle, int scene) {
         x[i] = scene == 1 && i % 5 ? 0 : size * (middle + uniform() * uniform());
     for (size_t c = 0; c < GROUP; c++) w[c] = scene == 2 ? c % 3 ? uniform() + 1 : 0 : 1;
     if (scene == 3) x[3 * TILE_ROWS] = 1e4f;
-    sets[n_sets - 1]->fit_q4(x, w, want, want + TILE_ROWS);
-    snprintf(what, sizeof what, "fit_q4 of %g around %g, scene %d", (double)size, (double)middle,
-             scene);
+    sets[n_sets - 1]->fit_q4(levels, x, w, want, want + TILE_ROWS);
+    snprintf(what, sizeof what, "fit_q4 for %s of %g around %g, scene %d", kind_find(kind)->name,
+             (double)size, (double)middle, scene);
     sets[n_sets - 1]->fit_q8(x, eight);
     for (size_t i = 0; i + 1 < n_sets; i++) {
         sets[i]->fit_q8(x, got);
         same(sets[i]->isa, "fit_q8", eight, got, TILE_ROWS);
-        sets[i]->fit_q4(x, w, got, got + TILE_ROWS);
+        sets[i]->fit_q4(levels, x, w, got, got + TILE_ROWS);
         same(sets[i]->isa, what, want, got, 2 * TILE_ROWS);
     }
     for (size_t r = 0; r < TILE_ROWS; r++) {
@@ -408,10 +411,11 @@ static void test_fit(float size, float middle, int scene) {
         for (size_t c = 0; c < GROUP; c++)
             most = fmaxf(most, w[c] > 0 ? fabsf(x[c * TILE_ROWS + r]) : 0);
         if (size < 2e-4f) continue; // there the scale's own steps decide
-        const double error = fit_error(x, w, want[r], want[r + TILE_ROWS], r);
-        worse += error > 1.001 * fit_error(x, w, 0, 0, r);
-        worse += error > 1.2 * fit_error(x, w, most / 107, 0, r) + 1e-12;
-        worse += error > 1.2 * fit_error(x, w, -most / 107, 0, r) + 1e-12;
+        const float top = levels->at[15];
+        const double error = fit_error(levels, x, w, want[r], want[r + TILE_ROWS], r);
+        worse += error > 1.001 * fit_error(levels, x, w, 0, 0, r);
+        worse += error > most_worse * fit_error(levels, x, w, most / top, 0, r) + 1e-12;
+        worse += error > most_worse * fit_error(levels, x, w, -most / top, 0, r) + 1e-12;
     }
     check(worse == 0, "scalar %s: %zu rows that a plain scale serves better", what, worse);
 }
@@ -419,5 +423,8 @@ static void test_fit(float size, float middle, int scene) {
 void test_fits(void) {
     for (float size = quick < 2 ? 1e-7f : 1; size < (quick < 2 ? 1e3f : 2); size *= 10)
         for (int middle = -2; middle <= 2; middle++)
-            for (int scene = 0; scene < 4; scene++) test_fit(size, 0.3f * (float)middle, scene);
+            for (int scene = 0; scene < 4; scene++) {
+                test_fit(LLAMA_Q4, size, 0.3f * (float)middle, scene);
+                test_fit(LLAMA_Q4E, size, 0.3f * (float)middle, scene);
+            }
 }

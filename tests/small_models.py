@@ -221,7 +221,7 @@ def quantized(path: Path, out: Path, kind: Kind) -> Path:
     """PATH with its matrices in KIND, encoded by the library in one piece; those that cannot be
     rotated in its plain twin."""
     from llama.engine import Model
-    from llama.rotation import ROTATED
+    from llama.variants import ROTATED
 
     plain = {rotated: plain for plain, rotated in ROTATED.items()}.get(kind, kind)
 

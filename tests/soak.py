@@ -38,7 +38,7 @@ from llama.quant import Kind
 from llama.tokenizer import HuggingFace
 
 SHAPE = small_models.config(vocab_size=60, n_kv_heads=2, max_seq_len=200)
-KINDS = (Kind.F32, Kind.F16, Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R)
+KINDS = (Kind.F32, Kind.F16, Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E)
 SEQUENCES = (0, 1, 2, 3, 4, 250)
 STEPS = {"numbers": 60, "words": 12}  # of a round
 

@@ -47,7 +47,7 @@ def logits(path: Path, **options: object) -> np.ndarray:
 
 # The errors seen when this was written: 1.2e-4 and 2.9e-2 of the largest logit.
 @pytest.mark.parametrize(("bits", "bound"), [(16, 4e-4), (8, 8e-2)])
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E])
 def test_distance_from_exact(tmp_path: Path, kind: Kind, bits: int, bound: float) -> None:
     path = small_models.of_kind(tmp_path, SHAPE, kind)
     exact = logits(decoded(path, tmp_path / "exact.bin"))
@@ -56,7 +56,7 @@ def test_distance_from_exact(tmp_path: Path, kind: Kind, bits: int, bound: float
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E])
 def test_identical_everywhere(tmp_path: Path, kind: Kind, bits: int) -> None:
     """Any ISA, any threads, whole or token by token."""
     path = small_models.of_kind(tmp_path, SHAPE, kind)

@@ -97,7 +97,7 @@ def test_heads_hidden_states_and_the_stream(tmp_path: Path, head: Head) -> None:
             assert distance(ours[0], theirs[0]) < FEW and distance(ours[1], theirs[1]) < FEW
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R])
+@pytest.mark.parametrize("kind", [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E])
 @pytest.mark.parametrize("tied", [False, True])
 def test_kinds_and_tied_models(tmp_path: Path, kind: Kind, tied: bool) -> None:
     path = small_models.of_kind(tmp_path, replace(WIDE, tied=tied), kind)

@@ -244,7 +244,7 @@ class Rounding(Transformer):
 # and q4 are alike. In 16 bits 2e-4 was seen, in 8 bits 2 to 5 %. A judge that rounds to 8 bits
 # too agrees to 2e-5, the head's 16 bits, until a code falls on the other side of a half, which
 # costs 1 / 127 of a group's largest element: 1.2 % were seen.
-QUANTISED = [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R]
+QUANTISED = [Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E]
 BOUND_16, BOUND_8, BOUND_ROUNDED, BOUND_NO_FLIP = 1e-3, 8e-2, 3e-2, 4e-5
 
 

@@ -80,7 +80,8 @@ def test_shapes_there_and_back(data: Path, tmp_path: Path, changes: dict[str, An
 def test_each_kind_becomes_its_nearest(tmp_path: Path, kind: Kind) -> None:
     source = small_models.of_kind(tmp_path, SHAPE, kind)
     ours = read(source)
-    names = {Kind.Q8: "Q8_0", Kind.Q4: "Q4_0", Kind.Q8R: "Q8_0", Kind.Q4R: "Q4_0"}
+    names = {Kind.Q8: "Q8_0", Kind.Q4: "Q4_0", Kind.Q8R: "Q8_0", Kind.Q4R: "Q4_0",
+             Kind.Q4E: "Q4_0"}
     for tensor in gguf.GGUFReader(written(source, tmp_path / "a.gguf")).tensors:
         if len(tensor.shape) == 2:
             assert tensor.tensor_type.name == names.get(kind, kind.name)

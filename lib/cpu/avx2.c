@@ -138,14 +138,18 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
         _mm256_storeu_ps(half_sums(m, at, i % H, i / H), acc[i]);
 }
 
+/* The levels of 4-bit codes, twice. */
+INLINE __m256i levels_of(const struct matmul *m) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)m->levels));
+}
+
 /* Columns 4 * j to 4 * j + 3 of half H of a block, signed bytes; of q4 the levels. */
-INLINE __m256i codes(const uint8_t *block, int j, int h, enum store kind) {
+INLINE __m256i codes(const uint8_t *block, int j, int h, __m256i levels, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS + 32 * h; // the scales stand first
     if (kind == Q8) return _mm256_loadu_si256((const void *)(q + 64 * j));
     __m256i both = _mm256_loadu_si256((const void *)(q + 64 * (j % 4)));
     both = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
-    const __m128i levels = _mm_loadu_si128((const void *)q4_levels);
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), both);
+    return _mm256_shuffle_epi8(levels, both);
 }
 
 /* s + the dot products of each lane's four weight codes with the four bytes of A. */
@@ -205,6 +209,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m256 acc[MOST_SUMS];
     __m256i sum[MOST_SUMS], w[MOST_HALVES], shift[MOST_HALVES];
+    const __m256i levels = kind == Q4 ? levels_of(m) : _mm256_setzero_si256();
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
@@ -218,7 +223,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
             sum[i] = first_sum(shift[i % H], in->sum[token + i / H * groups + g], kind);
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int h = 0; h < H; h++)
-                w[h] = codes(block + h / 2 * m->strip_bytes, j, h % 2, kind);
+                w[h] = codes(block + h / 2 * m->strip_bytes, j, h % 2, levels, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 __m256i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
                 UNROLL for (int h = 0; h < H; h++)

@@ -115,13 +115,17 @@ INLINE __m512i dot(__m512i s, __m512i w, __m512i a) {
 }
 #endif
 
+/* The levels of 4-bit codes, OFFSET higher, four times. */
+INLINE __m512i levels_of(const struct matmul *m) {
+    const __m128i four = _mm_loadu_si128((const void *)m->levels);
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(four), _mm512_set1_epi8((char)OFFSET));
+}
+
 /* Columns 4 * j to 4 * j + 3 of a block, OFFSET higher; of q4 the levels. */
-INLINE __m512i codes(const uint8_t *block, int j, enum store kind) {
+INLINE __m512i codes(const uint8_t *block, int j, __m512i levels, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS; // the scales stand first
     const __m512i offset = _mm512_set1_epi8((char)OFFSET);
     if (kind == Q8) return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), offset);
-    const __m128i four = _mm_loadu_si128((const void *)q4_levels);
-    const __m512i levels = _mm512_xor_si512(_mm512_broadcast_i32x4(four), offset);
     __m512i both = _mm512_loadu_si512(q + 64 * (j % 4));
     both = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
     return _mm512_shuffle_epi8(levels, both);
@@ -161,6 +165,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m512 acc[MOST_SUMS];
     __m512i sum[MOST_SUMS], w[MOST_STRIPS], shift[MOST_STRIPS];
+    const __m512i levels = kind == Q4 ? levels_of(m) : _mm512_setzero_si512();
     UNROLL for (int i = 0; i < S * T; i++)
         acc[i] = at->from ? _mm512_loadu_ps(sums_at(m, at, i % S, i / S)) : _mm512_setzero_ps();
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
@@ -173,7 +178,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
             sum[i] = first_sum(shift[i % S], in->sum[token + i / S * groups + g], kind);
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int s = 0; s < S; s++)
-                w[s] = codes(block + s * m->strip_bytes, j, kind);
+                w[s] = codes(block + s * m->strip_bytes, j, levels, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 __m512i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
                 UNROLL for (int s = 0; s < S; s++)

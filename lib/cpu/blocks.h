@@ -102,8 +102,8 @@ INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store
     const int quantised = kind == Q8 || kind == Q4, most = quantised ? GROUP_TOKENS : FLOAT_TOKENS;
     const size_t n = m->in->n, columns = quantised ? count_groups(m->in) : m->in->columns;
     const int most_strips = quantised ? GROUP_STRIPS : FLOAT_STRIPS;
-    const int once = quantised && n > (size_t)most && n <= GROUP_ONCE;
-    const size_t piece = n <= (size_t)most || once ? columns : quantised ? GROUP_PIECE : FLOAT_PIECE;
+    const int few = n <= (size_t)most, once = quantised && !few && n <= GROUP_ONCE;
+    const size_t piece = few || once ? columns : quantised ? GROUP_PIECE : FLOAT_PIECE;
     const size_t wide = n == 1 || once ? 1 : (size_t)most_strips;
     struct place at = {.strip = first, .to = columns};
     if (n == 1 && m->strip_bytes >= LONG_STRIP)

@@ -35,6 +35,7 @@ struct matmul {
     const struct input *in;
     float *y;            // (n, y_stride); row r of the matrix goes to column r
     size_t y_stride;
+    const int8_t *levels; // (16) of 4-bit kinds
 };
 
 /* Rows are tokens of one sequence that follow each other; of each the query heads that share one
@@ -106,7 +107,8 @@ struct kernels {
     void (*fit_q8)(const float *values, float *scale);
     /* The best scale and shift (TILE_ROWS) of a q4 block for values (GROUP, TILE_ROWS), whose
      * columns count by importance (GROUP), 0 for a column that is not there: fit.h. */
-    void (*fit_q4)(const float *values, const float *importance, float *scale, float *shift);
+    void (*fit_q4)(const struct levels *levels, const float *values, const float *importance,
+                   float *scale, float *shift);
 };
 
 /* exp in f32, the same bits everywhere, within 2 ulp; exp(-infinity) = 0; NaN gives NaN.

@@ -20,7 +20,7 @@ static void kernel(const struct kernels *k, uint32_t kind, const struct matmul *
     case LLAMA_F16: k->matmul_f16(job, first, last); break;
     case LLAMA_BF16: k->matmul_bf16(job, first, last); break;
     case LLAMA_Q8: case LLAMA_Q8R: k->matmul_q8(job, first, last); break;
-    case LLAMA_Q4: case LLAMA_Q4R: k->matmul_q4(job, first, last); break;
+    case LLAMA_Q4: case LLAMA_Q4R: case LLAMA_Q4E: k->matmul_q4(job, first, last); break;
     }
 }
 
@@ -31,8 +31,9 @@ static void product_range(const struct products *p, const struct product *to, si
                           size_t last) {
     const struct matrix *m = to->matrix;
     const size_t n = p->in.n;
+    const int8_t *levels = m->kind->levels ? m->kind->levels->at : NULL;
     if (p->planes == 1 || m->kind->columns == 1) {
-        const struct matmul job = {m->data, m->strip_bytes, &p->in, to->y, to->y_stride};
+        const struct matmul job = {m->data, m->strip_bytes, &p->in, to->y, to->y_stride, levels};
         kernel(p->kernels, m->kind_number, &job, first, last);
         return;
     }
@@ -44,7 +45,7 @@ static void product_range(const struct products *p, const struct product *to, si
         const size_t strips = last - strip < most ? last - strip : most;
         const size_t width = strips * TILE_ROWS;
         const struct matmul job = {m->data + strip * m->strip_bytes, m->strip_bytes, &in, sums,
-                                   width};
+                                   width, levels};
         kernel(p->kernels, m->kind_number, &job, 0, strips);
         for (size_t t = 0; t < n; t++) {
             float *y = to->y + t * to->y_stride + strip * TILE_ROWS;

@@ -132,12 +132,12 @@ INLINE void float_block(const struct matmul *m, const struct place *at, enum sto
 }
 
 /* Columns 4 * j to 4 * j + 3 of quarter H of a block; of q4 the levels. */
-INLINE int8x16_t codes(const uint8_t *block, int j, int h, enum store kind) {
+INLINE int8x16_t codes(const uint8_t *block, int j, int h, int8x16_t levels, enum store kind) {
     const uint8_t *q = block + 2 * TILE_ROWS + 16 * h; // the scales stand first
     if (kind == Q8) return vld1q_s8((const int8_t *)q + 64 * j);
     const uint8x16_t both = vld1q_u8(q + 64 * (j % 4));
     const uint8x16_t half = j < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4);
-    return vqtbl1q_s8(vld1q_s8(q4_levels), half);
+    return vqtbl1q_s8(levels, half);
 }
 
 /* s + the dot products of each lane's four weight codes with the four bytes of lane J of A; lanes
@@ -187,6 +187,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
     float32x4_t acc[MOST_SUMS];
     int32x4_t sum[MOST_SUMS];
     int8x16_t w[MOST_QUARTERS];
+    const int8x16_t levels = kind == Q4 ? vld1q_s8(m->levels) : vdupq_n_s8(0);
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? vld1q_f32(quarter_sums(m, at, i % H, i / H)) : broadcast(0);
     for (size_t g = at->from; g < at->to; g++, block += bytes) {
@@ -201,7 +202,7 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         }
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int h = 0; h < H; h++)
-                w[h] = codes(block + h / 4 * m->strip_bytes, j, h % 4, kind);
+                w[h] = codes(block + h / 4 * m->strip_bytes, j, h % 4, levels, kind);
             UNROLL for (int t = 0; t < T; t++) {
                 const int8_t *q = in->q + (token + t * groups + g) * GROUP;
                 const int8x16_t a = vld1q_s8(q + j / 4 * 16);

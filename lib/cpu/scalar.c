@@ -97,24 +97,25 @@ static void matmul_bf16(const struct matmul *m, size_t first, size_t last) {
 }
 
 /* One group of one row: the sum of code * q over its columns. */
-typedef int32_t dot(const void *block, size_t row, const int8_t *q);
+typedef int32_t dot(const void *block, size_t row, const int8_t *levels, const int8_t *q);
 
-static int32_t dot_q8(const void *block, size_t row, const int8_t *q) {
+static int32_t dot_q8(const void *block, size_t row, const int8_t *levels, const int8_t *q) {
     const struct block_q8 *b = block;
+    (void)levels;
     int32_t sum = 0;
     for (int c = 0; c < GROUP; c++)
         sum += b->q[c / 4][row][c % 4] * q[c];
     return sum;
 }
 
-static int32_t dot_q4(const void *block, size_t row, const int8_t *q) {
+static int32_t dot_q4(const void *block, size_t row, const int8_t *levels, const int8_t *q) {
     const struct block_q4 *b = block;
     const int shift = q4_shift(b->d[row]);
     int32_t sum = 0;
     for (int c = 0; c < GROUP / 2; c++) {
         uint8_t byte = b->q[c / 4][row][c % 4];
-        sum += (q4_levels[byte & 15] + shift) * q[c];
-        sum += (q4_levels[byte >> 4] + shift) * q[c + GROUP / 2];
+        sum += (levels[byte & 15] + shift) * q[c];
+        sum += (levels[byte >> 4] + shift) * q[c + GROUP / 2];
     }
     return sum;
 }
@@ -140,7 +141,7 @@ static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot
             float acc[TILE_ROWS] = {0};
             for (size_t g = 0; g < groups; g++, block += block_bytes)
                 for (size_t r = 0; r < TILE_ROWS; r++) {
-                    float s = (float)sum(block, r, in->q + (t * groups + g) * GROUP);
+                    float s = (float)sum(block, r, m->levels, in->q + (t * groups + g) * GROUP);
                     float d = scale_of(block, r) * in->d[t * groups + g];
                     acc[r] = fmaf(s, d, acc[r]);
                 }

@@ -193,6 +193,7 @@ cudaError_t launch_gemm(const product &p, const halves &x, cudaStream_t stream) 
     case LLAMA_BF16: return launch<LLAMA_BF16>(&how, j);
     case LLAMA_Q8: return launch<LLAMA_Q8>(&how, j);
     case LLAMA_Q4: return launch<LLAMA_Q4>(&how, j);
+    case LLAMA_Q4E: return launch<LLAMA_Q4E>(&how, j);
     default: return cudaErrorInvalidValue;
     }
 }

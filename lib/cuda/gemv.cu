@@ -221,6 +221,7 @@ cudaError_t launch(job j, int processors, cudaStream_t stream) {
     case LLAMA_BF16: return cudaLaunchKernelEx(&how, gemv<LLAMA_BF16, N, RAW>, j);
     case LLAMA_Q8: return cudaLaunchKernelEx(&how, gemv<LLAMA_Q8, N, RAW>, j);
     case LLAMA_Q4: return cudaLaunchKernelEx(&how, gemv<LLAMA_Q4, N, RAW>, j);
+    case LLAMA_Q4E: return cudaLaunchKernelEx(&how, gemv<LLAMA_Q4E, N, RAW>, j);
     default: return cudaErrorInvalidValue;
     }
 }

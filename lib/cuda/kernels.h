@@ -16,7 +16,7 @@ struct device_matrix {
     const uint8_t *data;
     size_t strip_bytes;
     int rows, columns, strips;
-    uint32_t kind;         // LLAMA_F32, F16, BF16, Q8 or Q4
+    uint32_t kind;         // LLAMA_F32, F16, BF16, Q8, Q4 or Q4E
     bool rotated;          // q8r or q4r: its blocks meet rotated inputs
     const float *bias;     // (rows) or NULL
     float scale;           // f32 and bf16: the power of two that their halves are scaled by

@@ -11,12 +11,13 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/* The levels of q4, also where constants live on a device. */
-__device__ float q4_value(uint16_t d, int code) {
-    const int level[16] = {-127, -101, -80, -63, -48, -34, -22, -10,
-                           2,    13,   26,  38,  53,  68,  85,  107};
+/* The levels of q4 and q4e, also where constants live on a device. */
+__device__ float q4_value(uint32_t kind, uint16_t d, int code) {
+    const int uneven[16] = {-127, -101, -80, -63, -48, -34, -22, -10,
+                            2,    13,   26,  38,  53,  68,  85,  107};
+    const int level = kind == LLAMA_Q4E ? 16 * code - 120 : uneven[code];
     const int shift = 2 * (d & Q4_SHIFT_BITS) + Q4_LEAST_SHIFT;
-    return half_to_float((uint16_t)(d & Q4_SCALE_BITS)) / Q4_SCALE * (float)(level[code] + shift);
+    return half_to_float((uint16_t)(d & Q4_SCALE_BITS)) / Q4_SCALE * (float)(level + shift);
 }
 
 /* weight(row, c) of a matrix, as lib/quant.c decodes it. */
@@ -35,7 +36,7 @@ __device__ float weight(const device_matrix &m, int row, int c) {
     }
     const block_q4 *b = (const block_q4 *)strip + c / GROUP;
     const int byte = b->q[in % 16 / 4][r][in % 4];
-    return q4_value(b->d[r], in < 16 ? byte & 15 : byte >> 4);
+    return q4_value(kind, b->d[r], in < 16 ? byte & 15 : byte >> 4);
 }
 
 struct embedding {

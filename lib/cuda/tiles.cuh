@@ -36,7 +36,7 @@ struct seat {
     }
 };
 
-template <> struct tile<LLAMA_Q4> {
+template <bool EVEN> struct tile_4_bits {
     static constexpr bool SCALED = true;
     static constexpr int PARTS = 1, AHEAD = 4;
     uint4 codes; // word i: row i, low halves columns 4t.., high halves 16 + 4t..
@@ -54,16 +54,27 @@ template <> struct tile<LLAMA_Q4> {
     __device__ __forceinline__ float scale(int row) const {
         return half_to_float((uint16_t)(scale_bits(row) & Q4_SCALE_BITS)) * (1 / Q4_SCALE);
     }
-    /* Eight codes of one row become level + shift: pairs (0, 1), (2, 3), (16, 17), (18, 19). */
-    __device__ __forceinline__ void row(uint32_t word, uint32_t bits, uint32_t out[4]) const {
+    /* The levels of a word's eight codes, 128 higher: bytes of columns 0 16 1 17 and 2 18 3 19. */
+    __device__ __forceinline__ static void levels(uint32_t word, uint32_t u[2]) {
+        if (EVEN) { // 16 code + 8
+            const uint32_t low = (word << 4 & 0xf0f0f0f0) | 0x08080808;
+            const uint32_t high = (word & 0xf0f0f0f0) | 0x08080808;
+            u[0] = pick_bytes(low, high, 0x5140);
+            u[1] = pick_bytes(low, high, 0x7362);
+            return;
+        }
         constexpr uint32_t LEVELS[4] = {0x41301b01, 0x766a5e50, 0xa69a8d82, 0xebd5c4b5}; // + 128
         // a pick is among 8 bytes: both halves of the table, then by the code's highest bit
         const uint32_t low = word & 0x77777777, top = (word >> 1 & 0x44444444) | 0x32103210;
-        uint32_t u[2]; // bytes of columns 0 16 1 17 and 2 18 3 19
         for (int i = 0; i < 2; i++)
             u[i] = pick_bytes(pick_bytes(LEVELS[0], LEVELS[1], low >> 16 * i & 0x7777),
                               pick_bytes(LEVELS[2], LEVELS[3], low >> 16 * i & 0x7777),
                               top >> 16 * i & 0x7777);
+    }
+    /* Eight codes of one row become level + shift: pairs (0, 1), (2, 3), (16, 17), (18, 19). */
+    __device__ __forceinline__ void row(uint32_t word, uint32_t bits, uint32_t out[4]) const {
+        uint32_t u[2];
+        levels(word, u);
         // -1152 + shift, twice: 1024 + 128 + level comes before it
         const uint32_t offset = 0xe4c0e4c0 - (bits & Q4_SHIFT_BITS) * 0x00020002;
         out[0] = add_halves(pick_bytes(u[0], HALVES_1024, 0x4240), offset);
@@ -80,6 +91,8 @@ template <> struct tile<LLAMA_Q4> {
         }
     }
 };
+template <> struct tile<LLAMA_Q4> : tile_4_bits<false> {};
+template <> struct tile<LLAMA_Q4E> : tile_4_bits<true> {};
 
 template <> struct tile<LLAMA_Q8> {
     static constexpr bool SCALED = true;
