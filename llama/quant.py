@@ -76,7 +76,8 @@ STORED: dict[Kind, np.dtype[Any]] = {
 UNEVEN = np.array(
     [-127, -101, -80, -63, -48, -34, -22, -10, 2, 13, 26, 38, 53, 68, 85, 107], np.int16
 )
-LEVELS = {Kind.Q4: UNEVEN, Kind.Q4R: UNEVEN, Kind.Q4E: np.arange(-120, 121, 16, np.int16)}
+EVEN = np.arange(-120, 121, 16).astype(np.int16)
+LEVELS = {Kind.Q4: UNEVEN, Kind.Q4R: UNEVEN, Kind.Q4E: EVEN}
 
 # of rotated kinds: +1 where row & column have an even number of ones
 HADAMARD = np.array(
