@@ -129,7 +129,7 @@ def candidates(
         yield kind.label, 8.5, lambda k=kind: ours(model, k, None)
     yield "Q8_0", 8.5, lambda: theirs(model, "Q8_0", None)
     for learned in (None, texts):
-        for kind in (Kind.Q4, Kind.Q4R) if whole else (Kind.Q4,):
+        for kind in (Kind.Q4, Kind.Q4E, Kind.Q4R) if whole else (Kind.Q4, Kind.Q4E):
             more = ", calibrated" if learned else ""
             yield kind.label + more, 4.5, lambda k=kind, t=learned: ours(model, k, t)
         for name in THEIRS[1:]:
