@@ -130,8 +130,8 @@ def add_model_flags(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
     group.add_argument(
-        "--device", default="cpu", metavar="NAME",
-        help="cpu, cuda, or auto: cuda where there is a GPU and the model fits (default: cpu)",
+        "--device", default="cpu", choices=["cpu", "cuda", "auto"],
+        help="auto: cuda where there is a GPU and the model fits (default: cpu)",
     )  # fmt: skip
     group.add_argument(
         "--gpu-layers", type=int, metavar="N",
