@@ -92,6 +92,9 @@ def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int)
     found = untile(data.reshape(-1), kind, rows, columns)
     drawn = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
     levels = [int(word) for word in re.findall(r"code 0 to 15, are ([-\d ]+)\.", drawn)[0].split()]
+    if kind == Kind.Q4E:
+        ends = re.findall(r"its levels being (-?\d+) to (-?\d+) in steps of (\d+)", drawn)[0]
+        levels = list(range(int(ends[0]), int(ends[1]) + 1, int(ends[2])))
     stored = np.empty((rows, columns), np.float32)
     for r in range(rows):
         for column in range(columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def test_memory_that_grows_is_told(
 
     def leaks(*args: Any) -> None:
         play(*args)
-        kept.append(b"\1" * (200 << 10))
+        kept.append(mmap.mmap(-1, 1 << 20))  # not from what earlier tests gave back
+        kept[-1].write(b"\1" * (1 << 20))
 
     monkeypatch.setattr(soak, "play", leaks)
     monkeypatch.setattr(soak, "without_caches", lambda: None)  # of all tests behind this one
