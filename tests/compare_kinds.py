@@ -35,6 +35,7 @@ from llama.peers import load_llama_cpp
 from llama.quant import GROUP, Kind, untile
 from llama.shrink import Encoder
 from llama.stages import Blocks
+from llama.variants import levelled
 
 Matrices = dict[str, Floats]
 THEIRS = ("Q8_0", "Q4_K", "IQ4_NL", "Q4_0", "Q4_1")
@@ -72,17 +73,23 @@ def importance(model: Model, texts: list[list[int]]) -> dict[str, NDArray[np.flo
     return found
 
 
-def ours(model: Model, kind: Kind, texts: list[list[int]] | None) -> Matrices:
+def ours(model: Model, kind: Kind | None, texts: list[list[int]] | None) -> Matrices:
+    """KIND None: q4 or q4e, whichever quantize.py would take for a matrix."""
     encoder = Encoder(model, None, lambda n: None)
+    records = [Record(t.name, kind or Kind.Q4, t.shape) for t in model.tensors if t.shape[1:]]
+    chosen = records if kind else levelled(model, records)
+    kinds = {record.name: record.kind for record in chosen}
     found: Matrices = {}
 
     def encode(name: str, factor: Floats | None, inputs: Floats | None) -> Blocks:
+        kind = kinds[name]
         blocks = encoder.whole(name, kind, factor)
         found[name] = untile(blocks[1], kind, *encoder.tensors[name].shape)
         return blocks
 
     if texts is not None:
-        with Calibration(model.path, texts, None, kind.rotated) as calibration:
+        rotated = kind is not None and kind.rotated
+        with Calibration(model.path, texts, None, rotated) as calibration:
             for _ in range(calibration.n_layers):
                 calibration.layer(encode)
             encode(EMBEDDING if model.config.tied else "output.weight", *calibration.head())
@@ -129,9 +136,10 @@ def candidates(
         yield kind.label, 8.5, lambda k=kind: ours(model, k, None)
     yield "Q8_0", 8.5, lambda: theirs(model, "Q8_0", None)
     for learned in (None, texts):
-        for kind in (Kind.Q4, Kind.Q4E, Kind.Q4R) if whole else (Kind.Q4, Kind.Q4E):
+        for four in (Kind.Q4, Kind.Q4E, None, *[Kind.Q4R] * whole):
             more = ", calibrated" if learned else ""
-            yield kind.label + more, 4.5, lambda k=kind, t=learned: ours(model, k, t)
+            name = four.label if four else "q4 or q4e"
+            yield name + more, 4.5, lambda k=four, t=learned: ours(model, k, t)
         for name in THEIRS[1:]:
             more, few = (", importance matrix", weights) if learned else ("", None)
             bits = 5.0 if name == "Q4_1" else 4.5
