@@ -143,7 +143,7 @@ typedef struct {
  * and OUT_BYTES is exactly what those rows take. THREADS as for a session; neither the bytes nor
  * the loss depend on it.
  * FACTOR (columns, columns), which llama_factor_moments made of what the matrix is multiplied
- * with, or NULL: q4 and q4r then let each column make up for the errors of those before it; other
+ * with, or NULL: in 4-bit kinds each column then makes up for the errors of those before it; other
  * kinds do not look at it. Each weight's own error grows by that, and that of the products shrinks.
  * A weight that is not finite, or too large for the kind, is an error that names its place. */
 int llama_quantize(const llama_model *model, size_t tensor, size_t first, size_t n, uint32_t kind,

@@ -121,8 +121,8 @@ class Calibration:
     """A model and texts that go through it. A context manager.
 
     TEXTS are token ids, each read by itself from position 0. The moments, and so all that is
-    encoded by them, are the same for any number of threads. ROTATED: matrices of whole groups are
-    encoded in rotated kinds, so their moments are those of rotated inputs.
+    encoded by them, are the same for any number of threads. ROTATED: the layers' matrices of whole
+    groups are encoded in rotated kinds, so their moments are those of rotated inputs.
     """
 
     def __init__(
@@ -157,15 +157,16 @@ class Calibration:
         for stage, names in enumerate(STAGES):
             given = self._stage(number, stage, given, blocks)
             full = [f"layers.{number}.{name}.weight" for name in names]
-            factor, some = self._factor(given, full[0]), _some(given)
+            factor, some = self._factor(given, full[0], self.rotated), _some(given)
             for name in full:
                 blocks[len(blocks)] = encode(name, factor, some)
         self._stage(number, END, given, blocks)
 
-    def head(self) -> tuple[Floats, Floats]:
-        """The factor of the output matrix, once all layers are through, and some of its inputs."""
+    def head(self, rotated: bool = False) -> tuple[Floats, Floats]:
+        """The factor of the output matrix, ROTATED or not, once all layers are through, and some of
+        its inputs."""
         inputs = self._stage(self.n_layers - 1, HEAD, self._streams, {})
-        return self._factor(inputs, "output.weight"), _some(inputs)
+        return self._factor(inputs, "output.weight", rotated), _some(inputs)
 
     def _stage(
         self, layer: int, stage: int, given: list[Floats], blocks: dict[int, Blocks]
@@ -173,13 +174,13 @@ class Calibration:
         pairs = zip(self._streams, given, strict=True)
         return [run_stage(self.engine, layer, stage, x, y, blocks) for x, y in pairs]
 
-    def _factor(self, inputs: list[Floats], name: str) -> Floats:
+    def _factor(self, inputs: list[Floats], name: str, rotated: bool) -> Floats:
         columns = inputs[0].shape[1]
         if not all(np.isfinite(x).all() for x in inputs):
             raise LlamaError(f"{name}: calibration gives it inputs that are not finite")
         moments = np.zeros((columns, columns), np.float32)
         for x in inputs:
-            add_moments(moments, x, self.threads, self.rotated and columns % GROUP == 0)
+            add_moments(moments, x, self.threads, rotated and columns % GROUP == 0)
         factor_moments(moments, DAMPING, self.threads)
         return moments
 

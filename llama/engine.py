@@ -296,7 +296,7 @@ class Engine:
             shortened = None if any_size or max_seq_len else self.plan.shortened
             if shortened:
                 options.max_seq_len = self.plan.longest
-                self._open(options, device, progress)
+                self._open(options, self.info().device, progress)
                 self.plan = self._plan()
             if not any_size:
                 self.plan.check()

@@ -2,7 +2,7 @@
 
 Twin of lib/quant.c. A matrix is cut into strips of 16 rows, a strip into blocks from left to
 right, and a block interleaves its 16 rows, so that one vector load in a kernel feeds every row
-of the strip. This file writes the float kinds only; q8 and q4 are encoded by the C library and
+of the strip. This file writes the float kinds only; the others are encoded by the C library and
 decoded here straight from docs/format.md, which makes this the independent second opinion.
 
 bf16 has no numpy dtype: everywhere in Python it travels as its 16 bits in a uint16 array.
@@ -111,6 +111,8 @@ def widen(array: Array) -> NDArray[np.float32]:
 
 def narrow(array: Array, kind: Kind) -> Array:
     """Any float kind to KIND, to the nearest, ties to even; too large becomes infinite."""
+    if kind not in STORED:
+        raise TypeError(f"expected a float kind, found {kind.label}")
     if kind_of(array) == kind:
         return array
     wide = widen(array)

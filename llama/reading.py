@@ -17,7 +17,8 @@ MOST = 1 << 30  # bytes asked of the system at once, which may give less
 
 
 class File:
-    """A file, open for as long as this is in use; raises LlamaError where it cannot be read."""
+    """A file, open for as long as this is in use, by one thread; LlamaError where it cannot be
+    read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -23,12 +23,14 @@ def suited(
     rotate: bool | None, model: Model, records: Sequence[Record], threads: int | None = None
 ) -> list[Record]:
     """RECORDS of f32, f16, q8 and q4 with the variants that suit MODEL's weights. ROTATE:
-    quantize.py's --rotate; None: where it pays."""
+    quantize.py's --rotate; None: where it pays, and no matrix of a layer has even levels, for the
+    matrices of a layer share inputs, which are turned for all of them."""
     if not rotate:
         records = levelled(model, records, threads)
-    if pays(model, records, threads) if rotate is None else rotate:
-        records = rotated(records)
-    return list(records)
+    if rotate is None:
+        even = any(r.kind == Kind.Q4E and r.name.startswith("layers.") for r in records)
+        rotate = not even and pays(model, records, threads)
+    return rotated(records) if rotate else list(records)
 
 
 def levelled(model: Model, records: Sequence[Record], threads: int | None = None) -> list[Record]:

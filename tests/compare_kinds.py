@@ -49,12 +49,12 @@ class Watched(Calibration):
         super().__init__(*given)
         self.squares: dict[str, NDArray[np.float64]] = {}
 
-    def _factor(self, inputs: list[Floats], name: str) -> Floats:
+    def _factor(self, inputs: list[Floats], name: str, rotated: bool) -> Floats:
         squares = sum(np.square(x, dtype=np.float64).sum(axis=0) for x in inputs)
         stage = next((few for few in STAGES if few[0] in name), (name,))
         for other in stage:
             self.squares[name.replace(stage[0], other)] = np.asarray(squares)
-        return super()._factor(inputs, name)
+        return super()._factor(inputs, name, rotated)
 
 
 def importance(model: Model, texts: list[list[int]]) -> dict[str, NDArray[np.float64]]:
@@ -92,7 +92,7 @@ def ours(model: Model, kind: Kind | None, texts: list[list[int]] | None) -> Matr
         with Calibration(model.path, texts, None, rotated) as calibration:
             for _ in range(calibration.n_layers):
                 calibration.layer(encode)
-            encode(EMBEDDING if model.config.tied else "output.weight", *calibration.head())
+            encode(EMBEDDING if model.config.tied else "output.weight", *calibration.head(rotated))
     for tensor in model.tensors:
         if len(tensor.shape) == 2 and tensor.name not in found:
             encode(tensor.name, None, None)

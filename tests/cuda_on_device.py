@@ -57,7 +57,7 @@ def random_model(path: Path, shape: Config, kind: Kind) -> Path:
         for record in records:
             if len(record.shape) == 1:
                 values: Any = rng.uniform(0.8, 1.2, record.shape).astype(np.float32)
-            elif whole in (Kind.Q8, Kind.Q4):
+            elif whole in (Kind.Q8, Kind.Q4, Kind.Q4E):
                 values = blocks(record.kind, *record.shape, rng)
             else:
                 values = rng.standard_normal(record.shape, np.float32) / record.shape[1] ** 0.5

@@ -23,7 +23,7 @@ from llama.engine import Model
 from llama.errors import LlamaError
 from llama.quant import HADAMARD, Kind, matrix_bytes, tile, untile
 from llama.receipt import read_receipt
-from llama.shrink import Calibrate, shrink
+from llama.shrink import Calibrate, Encoder, shrink
 from llama.stages import add_moments, aligned, factor_moments
 
 Matrix = np.ndarray
@@ -200,6 +200,19 @@ def test_rotated_moments() -> None:
     assert np.abs(np.tril(moments) - expected).max() < 1e-5 * np.abs(expected).max()
     with pytest.raises(LlamaError, match="80 columns are no whole groups of 32"):
         add_moments(np.zeros((80, 80), np.float32), inputs(10, 80), rotated=True)
+
+
+def test_the_head_is_not_turned_with_the_layers(tmp_path: Path) -> None:
+    source = write(tmp_path / "m.bin", replace(SHAPE, dim=64, head_dim=16))
+    found = []
+    for rotated in (False, True):
+        with Calibration(source, [[5, 3, 8, 1, 7], [2, 9]], rotated=rotated) as calibration:
+            encoder = Encoder(calibration.engine.model, None, lambda n: None)
+            for _ in range(calibration.n_layers):
+                calibration.layer(lambda name, *_: encoder.whole(name, Kind.F32))  # noqa: B023
+            found += [calibration.head()[0], calibration.head(rotated=True)[0]]
+    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
+    assert not np.array_equal(found[0], found[1])
 
 
 def test_rotated_feedback_is_that_of_rotated_weights(tmp_path: Path) -> None:

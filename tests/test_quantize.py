@@ -112,7 +112,7 @@ def test_chunks_make_the_same_bytes(tmp_path: Path) -> None:
     with Model(write(tmp_path / "m.bin")) as model:
         index = next(i for i, t in enumerate(model.tensors) if t.name == "output.weight")
         rows, columns = model.tensors[index].shape
-        for kind in (Kind.Q8, Kind.Q4, Kind.F16, Kind.BF16):
+        for kind in (Kind.Q8, Kind.Q4, Kind.Q4E, Kind.F16, Kind.BF16):
             size = matrix_bytes(kind, rows, columns)
             whole, _ = model.quantize(index, 0, rows, kind, size)
             parts = b""

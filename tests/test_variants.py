@@ -23,7 +23,7 @@ SHAPE = Config(
 FEW = Calibrate(tokens=64)
 
 
-def write(path: Path, grid: str | None, dtype: Kind = Kind.F32) -> Path:
+def write(path: Path, grid: str | None, dtype: Kind = Kind.F32, where: str = "layers.") -> Path:
     """Random weights, those of layers as gguf's own code has them after a kind of 4 bits."""
     rng = np.random.default_rng(1)
     records = [
@@ -33,7 +33,7 @@ def write(path: Path, grid: str | None, dtype: Kind = Kind.F32) -> Path:
     with Writer(path, SHAPE, records) as writer:
         for record in records:
             values = rng.normal(0, 0.1, record.shape).astype(np.float32)
-            if grid and record.name.startswith("layers.") and len(record.shape) == 2:
+            if grid and where in record.name and "norm" not in record.name:
                 kind = GGMLQuantizationType[grid]
                 values = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
             writer.write(record.name, values)
@@ -78,6 +78,16 @@ def test_it_keeps_what_was_there(
         error = np.sqrt(((a - b) ** 2).sum() / (a**2).sum())
         assert error < 0.0225
         assert receipt.errors[name] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("rotate", [None, False])
+def test_no_layer_mixes_them_with_rotated_ones(tmp_path: Path, rotate: bool | None) -> None:
+    """As after Q4_K_M, which has some matrices in other kinds."""
+    source, out = write(tmp_path / "m.bin", "Q4_1", where="attention.w"), tmp_path / "q.bin"
+    shrink(source, out, 4, calibrate=FEW, rotate=rotate)
+    assert layers(out) == {Kind.Q4, Kind.Q4E}
+    shrink(source, out, 4, calibrate=FEW, rotate=True, force=True)
+    assert layers(out) == {Kind.Q4R}
 
 
 def test_again_nothing_moves(tmp_path: Path) -> None:

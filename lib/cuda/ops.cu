@@ -11,7 +11,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/* The levels of q4 and q4e, also where constants live on a device. */
+/* The levels of q4 and q4e, as in lib/quant.c. */
 __device__ float q4_value(uint32_t kind, uint16_t d, int code) {
     const int uneven[16] = {-127, -101, -80, -63, -48, -34, -22, -10,
                             2,    13,   26,  38,  53,  68,  85,  107};

@@ -50,7 +50,7 @@ def _bins() -> list[bytes]:
         (replace(SHAPE, head=Head.NONE, rope_scaling=Rope.YARN,
                  rope_numbers=(2.0, 8.0, 32.0, 1.0, 1.1, 1.0)), Kind.Q8),
         (replace(SHAPE, rope_scaling=Rope.DYNAMIC, rope_numbers=(2.0, 2.0), tied=True), Kind.Q4),
-        (replace(groups, tied=True), Kind.Q8R), (groups, Kind.Q4R),
+        (replace(groups, tied=True), Kind.Q8R), (groups, Kind.Q4R), (SHAPE, Kind.Q4E),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         return [small_sources.ours(Path(folder) / "a.bin", shape, kind) for shape, kind in shapes]
