@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import small_models
 from building import build
 
 from llama import _lib
 from llama.engine import Engine
+from llama.errors import LlamaError
 from llama.quant import Kind
 
 FEW, MANY = 5e-6, 2e-3  # of the largest logit: with 22 and with 11 bits of a product's input
@@ -53,6 +55,23 @@ def greedy(e: Engine, tokens: list[int], n: int) -> list[int]:
         tokens = [*tokens, int(row.argmax())]
         row = feed(e, tokens[-1:])[0]
     return tokens
+
+
+def run_out(e: Engine, cpu: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks of a text until E's GPU has no memory left: an error, after which all goes on."""
+    before = feed(e, range(20))
+    monkeypatch.setenv("CUDA_ON_CPU_MEMORY", "1")
+    held = 1
+    with pytest.raises(LlamaError, match='device "cuda": memory for a KV page: out of memory'):
+        while True:
+            e.fork(0, held, 20)
+            feed(e, np.arange(140) % 101, held)
+            held += 1
+    monkeypatch.delenv("CUDA_ON_CPU_MEMORY")
+    assert e.length(held) == 20
+    assert distance(feed(e, [3]), (feed(cpu, range(20)), feed(cpu, [3]))[1]) < FEW
+    e.trim(0, 0)
+    assert np.array_equal(feed(e, range(20)), before)
 
 
 def free_bytes() -> int:

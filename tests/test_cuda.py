@@ -28,6 +28,7 @@ from emulator import (
     feed,
     free_bytes,
     greedy,
+    run_out,
 )  # fmt: skip
 
 from llama import stages
@@ -401,19 +402,7 @@ def test_running_out_is_an_error_and_the_process_goes_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(model, device="cuda") as e, Engine(model) as cpu:
-        before = feed(e, range(20))
-        monkeypatch.setenv("CUDA_ON_CPU_MEMORY", "1")
-        held = 1
-        with pytest.raises(LlamaError, match='device "cuda": memory for a KV page: out of memory'):
-            while True:
-                e.fork(0, held, 20)
-                feed(e, np.arange(140) % 101, held)
-                held += 1
-        monkeypatch.delenv("CUDA_ON_CPU_MEMORY")
-        assert e.length(held) == 20
-        assert distance(feed(e, [3]), (feed(cpu, range(20)), feed(cpu, [3]))[1]) < FEW
-        e.trim(0, 0)
-        assert np.array_equal(feed(e, range(20)), before)
+        run_out(e, cpu, monkeypatch)
 
 
 @pytest.mark.usefixtures("cuda")

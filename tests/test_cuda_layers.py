@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
-from emulator import FEW, MANY, ROUNDED, SHAPE, WIDE, distance, feed, free_bytes, greedy
+from emulator import FEW, MANY, ROUNDED, SHAPE, WIDE, distance, feed, free_bytes, greedy, run_out
 
 from llama import Llama, stages
 from llama._lib import ffi
@@ -181,19 +181,7 @@ def test_running_out_is_an_error_and_the_process_goes_on(
 ) -> None:
     before = free_bytes()
     with split(model, 2) as e, Engine(model) as cpu:
-        first = feed(e, range(20))
-        monkeypatch.setenv("CUDA_ON_CPU_MEMORY", "1")
-        held = 1
-        with pytest.raises(LlamaError, match='device "cuda": memory for a KV page: out of memory'):
-            while True:
-                e.fork(0, held, 20)
-                feed(e, np.arange(140) % 101, held)
-                held += 1
-        monkeypatch.delenv("CUDA_ON_CPU_MEMORY")
-        assert e.length(held) == 20
-        assert distance(feed(e, [3]), (feed(cpu, range(20)), feed(cpu, [3]))[1]) < FEW
-        e.trim(0, 0)
-        assert np.array_equal(feed(e, range(20)), first)
+        run_out(e, cpu, monkeypatch)
     assert free_bytes() == before
 
 
