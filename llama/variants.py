@@ -25,17 +25,17 @@ def suited(
     """RECORDS of f32, f16, q8 and q4 with the variants that suit MODEL's weights. ROTATE:
     quantize.py's --rotate; None: where it pays, and no matrix of a layer has even levels, for the
     matrices of a layer share inputs, which are turned for all of them."""
+    losses = Losses(model, threads)
     if not rotate:
-        records = levelled(model, records, threads)
+        records = levelled(losses, records)
     if rotate is None:
         even = any(r.kind == Kind.Q4E and r.name.startswith("layers.") for r in records)
-        rotate = not even and pays(model, records, threads)
+        rotate = not even and pays(losses, records)
     return rotated(records) if rotate else list(records)
 
 
-def levelled(model: Model, records: Sequence[Record], threads: int | None = None) -> list[Record]:
+def levelled(losses: Losses, records: Sequence[Record]) -> list[Record]:
     """RECORDS with even levels for the matrices that lie on such."""
-    losses = Losses(model, threads)
     return [
         Record(r.name, Kind.Q4E, r.shape)
         if r.kind == Kind.Q4 and losses.of(r, Kind.Q4E) < LEAST * losses.of(r, Kind.Q4)
@@ -58,24 +58,29 @@ def takes(record: Record) -> bool:
     return record.kind in ROTATED and whole and record.name.startswith("layers.")
 
 
-def pays(model: Model, records: Sequence[Record], threads: int | None = None) -> bool:
-    """Whether the weights of MODEL, rounded as RECORDS say, lose about as little when rotated: all
-    matrices' losses together."""
-    losses = Losses(model, threads)
+def pays(losses: Losses, records: Sequence[Record]) -> bool:
+    """Whether the weights, rounded as RECORDS say, lose about as little when rotated: all matrices'
+    losses together."""
     could = [record for record in records if takes(record)]
     turned = sum(losses.of(record, ROTATED[record.kind]) for record in could)
     return turned <= MOST * sum(losses.of(record, record.kind) for record in could)
 
 
 class Losses:
-    """What the first rows of MODEL's matrices lose."""
+    """What the first rows of MODEL's matrices lose, each kind tried once."""
 
     def __init__(self, model: Model, threads: int | None) -> None:
         self.model, self.threads = model, threads
         self._places = {tensor.name: i for i, tensor in enumerate(model.tensors)}
+        self._known: dict[tuple[str, Kind], float] = {}
 
     def of(self, record: Record, kind: Kind) -> float:
         """The squared error of RECORD's weights in KIND, relative to their squares."""
+        if (record.name, kind) not in self._known:
+            self._known[record.name, kind] = self._measure(record, kind)
+        return self._known[record.name, kind]
+
+    def _measure(self, record: Record, kind: Kind) -> float:
         rows = min(TILE_ROWS, record.rows)
         size = matrix_bytes(kind, rows, record.columns)
         place = self._places[record.name]

@@ -35,7 +35,7 @@ from llama.peers import load_llama_cpp
 from llama.quant import GROUP, Kind, untile
 from llama.shrink import Encoder
 from llama.stages import Blocks
-from llama.variants import levelled
+from llama.variants import Losses, levelled
 
 Matrices = dict[str, Floats]
 THEIRS = ("Q8_0", "Q4_K", "IQ4_NL", "Q4_0", "Q4_1")
@@ -77,7 +77,7 @@ def ours(model: Model, kind: Kind | None, texts: list[list[int]] | None) -> Matr
     """KIND None: q4 or q4e, whichever quantize.py would take for a matrix."""
     encoder = Encoder(model, None, lambda n: None)
     records = [Record(t.name, kind or Kind.Q4, t.shape) for t in model.tensors if t.shape[1:]]
-    chosen = records if kind else levelled(model, records)
+    chosen = records if kind else levelled(Losses(model, None), records)
     kinds = {record.name: record.kind for record in chosen}
     found: Matrices = {}
 
