@@ -50,7 +50,13 @@ static int map(struct file *f) {
     if (!rc) {
         void *base = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
         if (base == MAP_FAILED) rc = fail("%s: cannot map it: %s", f->path, strerror(errno));
-        else f->base = base, f->bytes = (size_t)st.st_size;
+        else {
+            f->base = base, f->bytes = (size_t)st.st_size;
+#if defined(MADV_HUGEPAGE)
+            // What the disk still has comes in huge pages then, where the file system knows them.
+            madvise(base, f->bytes, MADV_HUGEPAGE);
+#endif
+        }
     }
     if (f->base && !(f->guard = guard_add(f->base, f->bytes)))
         rc = fail("%s: out of memory", f->path);

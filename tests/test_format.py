@@ -256,6 +256,34 @@ def test_chunks_and_blocks_make_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "pieces.bin").read_bytes()
 
 
+def test_the_system_gets_large_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.format.LARGE_WRITE", 512)
+    write(tmp_path / "usual.bin")
+    pieces: list[tuple[int, int]] = []
+
+    class Spy:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            pieces.append((self.file.tell(), len(data)))
+            return int(self.file.write(data))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    records, arrays = filled(SMALL)
+    with Writer(tmp_path / "spied.bin", SMALL, records) as writer:
+        writer._file = Spy(writer._file)  # type: ignore[assignment]
+        for name, array in arrays.items():
+            writer.write(name, array)
+    *middle, rest, header = [piece for piece in pieces if piece[1]]
+    assert len(middle) > 2
+    assert all(at % 512 == n % 512 == 0 for at, n in middle)
+    assert rest[0] % 512 == 0 and rest[1] < 512 and header[0] == 0
+    assert (tmp_path / "spied.bin").read_bytes() == (tmp_path / "usual.bin").read_bytes()
+
+
 def test_wrong_chunks_are_bugs(tmp_path: Path) -> None:
     records, arrays = filled(SMALL)
     wrong: list[tuple[str, Any]] = [
