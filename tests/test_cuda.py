@@ -75,6 +75,14 @@ def test_order_of_threads_does_not_matter() -> None:
         ("", "barrier", "waits for ever: 32 threads are at __syncthreads()"),
         ("", "lanes", "waits for a lane that has ended"),
         ("", "copy", "ends with copies that nobody waited for"),
+        ("", "stream across", "reaches for memory across its own alignment"),
+        ("", "taken", "refused: operation failed due to a previous error during capture"),
+        ("", "waited", "refused: operation failed due to a previous error during capture"),
+        ("", "copied", "refused: operation failed due to a previous error during capture"),
+        ("", "late copy", "a copy took what was written after it was asked for"),
+        ("", "tall", "refused: invalid configuration argument"),
+        ("", "large", "refused: invalid configuration argument"),
+        ("address", "across", "misaligned address"),
         ("address", "global", "AddressSanitizer: heap-buffer-overflow"),
         ("address", "shared", "AddressSanitizer: heap-buffer-overflow"),
         ("thread", "race", "ThreadSanitizer: data race"),
@@ -348,6 +356,7 @@ def refused(path: Path, message: str, **options: Any) -> None:
     [
         ("none", 'device "cuda": this machine has no NVIDIA driver'),
         ("old", 'device "cuda": the NVIDIA driver is for CUDA 12.4, expected 13.0 (driver 580)'),
+        ("unready", 'device "cuda": looking for a GPU: system not yet initialized'),
         ("pascal", "has compute capability 6.1, expected 7.5 (Turing) or later"),
     ],
 )
@@ -356,6 +365,29 @@ def test_other_machines_are_one_line(
 ) -> None:
     monkeypatch.setenv("CUDA_ON_CPU_DEVICE", device)
     refused(model, message)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_heads_too_large_for_shared_memory_are_one_line(tmp_path: Path) -> None:
+    for dim in (4096, 4098):
+        shape = replace(SHAPE, dim=32, head_dim=dim, n_heads=1, n_kv_heads=1, n_layers=1)
+        path = small_models.write_bin(tmp_path / f"{dim}.bin", shape)
+        if dim > 4096:
+            refused(path, 'device "cuda": head_dim is 4098, expected at most 4096')
+            continue
+        with Engine(path) as cpu, Engine(path, device="cuda") as gpu:
+            assert distance(feed(gpu, [1, 2]), feed(cpu, [1, 2])) < FEW
+
+
+@pytest.mark.usefixtures("cuda")
+def test_streams_may_run_early_or_late(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU is given runs when it is waited for, everywhere else in these tests."""
+    found = []
+    for when in ("late", "early"):
+        monkeypatch.setenv("CUDA_ON_CPU_STREAMS", when)
+        with Engine(model, device="cuda") as e:
+            found.append([feed(e, range(n)) for n in (40, 2, 2, 2, 70)])
+    assert all(np.array_equal(late, early) for late, early in zip(*found, strict=True))
 
 
 def test_a_build_without_cuda_is_one_line(model: Path) -> None:

@@ -5,8 +5,11 @@
  * __syncthreads() and the operations of a warp; blocks follow each other, and so do launches. All
  * shared memory is dynamic: each block's is its own, which a static variable could not be. What
  * a GPU leaves open stays open: fresh memory holds NaN, and so does where a copy by cp.async goes
- * till it is waited for; AddressSanitizer and ThreadSanitizer see fibers as threads. What would hang on a GPU (a
- * barrier or a warp operation that some threads never reach) ends the program with a line. */
+ * till it is waited for; a stream does what it is given when it is waited for; AddressSanitizer
+ * and ThreadSanitizer see fibers as threads. What would hang or trap on a GPU (a barrier or a warp
+ * operation that some threads never reach, a load across its own alignment) ends the program with
+ * a line, and what the runtime would refuse is refused: other launches than every GPU from Turing
+ * on takes, and to wait or to take memory while a stream is recorded. */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
 #include <algorithm>
@@ -49,6 +52,10 @@ void sync_threads();
 void together(unsigned mask, void *mine, void (*step)(void **lanes, unsigned mask));
 void sync_warp(unsigned mask);
 void *dynamic_shared();
+[[noreturn]] void misaligned();
+inline void must_align(const void *p, size_t bytes) {
+    if ((uintptr_t)p % bytes) misaligned();
+}
 unsigned lane();
 
 struct copy { char *to; const char *from; int bytes, given; }; // beyond GIVEN come zeros
@@ -56,6 +63,8 @@ void copy_later(void *to, const void *from, int bytes, int given);
 /* It may land as soon as it is asked for: what stood there is gone, and ThreadSanitizer sees that,
  * as it would not see a memset that the compiler writes out. */
 inline void copy_async(void *to, const void *from, int bytes, int given) {
+    must_align(to, (size_t)bytes);
+    must_align(from, (size_t)bytes);
     for (int i = 0; i < bytes; i += 4) *(volatile unsigned *)((char *)to + i) = ~0u;
     copy_later(to, from, bytes, given);
 }
@@ -145,10 +154,11 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
+    cudaErrorInvalidResourceHandle = 400, cudaErrorSystemNotReady = 802,
+    cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaStreamNonBlocking = 1 };
 typedef struct cuda_on_cpu_stream *cudaStream_t;
 typedef struct cuda_on_cpu_graph *cudaGraph_t;
@@ -173,6 +183,7 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
 /* Tests call it from outside, too. */
 extern "C" __attribute__((visibility("default"))) cudaError_t cudaMemGetInfo(size_t *free,
@@ -198,12 +209,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to);
-template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int bytes) {
-    return bytes <= 99 << 10 ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 namespace cuda_on_cpu {
 cudaError_t launch(const cudaLaunchConfig_t &how, std::function<void()> thread);
+void run_grid(dim3 grid, dim3 threads, size_t shared, const std::function<void()> &thread);
 }
 
 template <class... Wanted, class... Given>

@@ -2,6 +2,7 @@
  * sanitizers catch them. "faults NAME" makes one; "faults none" makes none and must end well. */
 #include "../../lib/cuda/device.cuh"
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 constexpr int THREADS = 64;
@@ -66,6 +67,52 @@ __global__ void copy_over(const uint4 *in, uint4 *out, bool wait) {
     out[i] = shared[(i + 1) % THREADS];
 }
 
+/* Loads begin 4 bytes past their own alignment. */
+__global__ void load_across(const uint4 *in, uint4 *out, int past, bool stream) {
+    const uint4 *from = (const uint4 *)((const char *)in + past);
+    out[threadIdx.x] = stream ? stream16(from + threadIdx.x) : from[threadIdx.x];
+}
+
+/* What the runtime says, if not that all is well, ends the program. */
+static void must(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    fprintf(stderr, "refused: %s\n", cudaGetErrorString(error));
+    exit(1);
+}
+
+/* Memory is taken, a copy made or waited for while a stream is recorded. */
+static void record(int *out, const char *fault) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    int host = 0;
+    void *more;
+    must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    if (!strcmp(fault, "taken")) cudaMalloc(&more, 1);
+    if (!strcmp(fault, "waited")) cudaStreamSynchronize(stream);
+    if (!strcmp(fault, "copied"))
+        cudaMemcpyAsync(out, &host, sizeof host, cudaMemcpyHostToDevice, stream);
+    must(cudaStreamEndCapture(stream, &graph));
+    must(cudaGraphDestroy(graph));
+    must(cudaStreamDestroy(stream));
+}
+
+/* What a copy reads is overwritten before it is waited for. */
+static void send(int *out, bool wait) {
+    cudaStream_t stream;
+    int sent = 1, back = 0;
+    must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    must(cudaMemcpyAsync(out, &sent, sizeof sent, cudaMemcpyHostToDevice, stream));
+    if (wait) must(cudaStreamSynchronize(stream));
+    sent = 2;
+    must(cudaMemcpyAsync(&back, out, sizeof back, cudaMemcpyDeviceToHost, stream));
+    must(cudaStreamSynchronize(stream));
+    must(cudaStreamDestroy(stream));
+    if (back == 1) return;
+    fprintf(stderr, "a copy took what was written after it was asked for\n");
+    exit(1);
+}
+
 int main(int count_of_words, char **words) {
     const char *fault = count_of_words > 1 ? words[1] : "none";
     const auto is = [&](const char *name) { return !strcmp(fault, name); };
@@ -91,6 +138,13 @@ int main(int count_of_words, char **words) {
                        !is("copy race"));
     if (is("barrier")) cudaLaunchKernelEx(&how, barrier_without_the_rest, out);
     if (is("lanes")) cudaLaunchKernelEx(&how, shuffle_without_lanes, out);
+    cudaLaunchKernelEx(&how, load_across, (const uint4 *)out, (uint4 *)out + 2 * THREADS,
+                       is("across") || is("stream across") ? 4 : 0, !is("across"));
+    record(out, fault);
+    send(out, !is("late copy"));
+    if (is("tall")) how.gridDim.y = 65536;
+    if (is("large")) how.dynamicSmemBytes = (48 << 10) + 16;
+    must(cudaLaunchKernelEx(&how, write, out, 0));
     if (is("copy")) cudaLaunchKernelEx(&how, unwaited_copy, (const uint4 *)out);
     cudaFree(out);
     printf("%s: ended\n", fault);

@@ -36,6 +36,12 @@ inline void copy16(void *shared, const void *global, bool there) {
 }
 inline void commit_copies() { cuda_on_cpu::copy_commit(); }
 template <int N> void wait_copies() { cuda_on_cpu::copy_wait(N); }
-inline uint4 stream16(const void *p) { return *(const uint4 *)p; }
-inline uint2 stream8(const void *p) { return *(const uint2 *)p; }
+inline uint4 stream16(const void *p) {
+    cuda_on_cpu::must_align(p, 16);
+    return *(const uint4 *)p;
+}
+inline uint2 stream8(const void *p) {
+    cuda_on_cpu::must_align(p, 8);
+    return *(const uint2 *)p;
+}
 #endif

@@ -1,262 +1,25 @@
-/* runtime.cpp: blocks, warps, memory, streams and graphs behind cuda_runtime.h.
+/* runtime.cpp: memory, streams, graphs and what a device is, behind cuda_runtime.h.
  *
  * The environment says what a machine would be like:
  *     CUDA_ON_CPU_MEMORY   bytes of device memory (default: 4 GiB)
  *     CUDA_ON_CPU_TAKEN    bytes that are free when asked and gone when wanted (default: 0)
- *     CUDA_ON_CPU_DEVICE   none: no driver; old: a driver for CUDA 12.4; pascal: an old GPU
+ *     CUDA_ON_CPU_DEVICE   none: no driver; old: a driver for CUDA 12.4; pascal: an old GPU;
+ *                          unready: a GPU that does not answer; second: new threads have chosen
+ *                          another GPU than the first
+ *     CUDA_ON_CPU_STREAMS  early: what a stream is given runs at once, not when it is waited for
  *     CUDA_ON_CPU_ORDER    reverse: threads and blocks run last to first
  * Compiled without ThreadSanitizer's instrumentation: what happens here orders nothing. */
 #include "cuda_runtime.h"
-#include "fibers.h"
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
-#include <string>
+#include <set>
 #include <vector>
 
 using namespace cuda_on_cpu;
-
-place *cuda_on_cpu::here;
-
-namespace {
-
-enum state { READY, AT_BARRIER, IN_WARP, ENDED };
-enum { WARP_LANES = 32, MOST_THREADS = 1024, STACK_BYTES = 256 << 10 };
-
-struct pending { copy what; int group; };
-
-struct thread {
-    fiber own;
-    place at;
-    state is;
-    unsigned number, barriers;
-    unsigned mask;                 // in a warp operation: whom it waits for,
-    void *brought;                 // what it brought,
-    void (*step)(void **, unsigned);
-    std::vector<pending> copies;   // by cp.async, on their way
-    int groups;
-};
-
-struct block {
-    thread *threads[MOST_THREADS]; // made once, reused by all blocks
-    unsigned made, n, arrived, ended;
-    fiber *back;                   // the launcher's
-    const std::function<void()> *body;
-    thread *running;
-    char tokens[2], begun, done;   // what ThreadSanitizer's order hangs on
-    char warp_tokens[MOST_THREADS / WARP_LANES][2];
-    unsigned warp_syncs[MOST_THREADS];
-    void *shared;                  // exactly as many bytes as asked for: ASan sees their end
-    size_t shared_bytes;
-};
-
-std::recursive_mutex one_at_a_time;
-block now;
-
-[[noreturn]] void die(const char *what) {
-    const place *p = &now.running->at;
-    fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u) thread (%u, %u, %u): %s\n", p->block.x,
-            p->block.y, p->block.z, p->thread.x, p->thread.y, p->thread.z, what);
-    fflush(stderr);
-    abort();
-}
-
-void stop(state is) {
-    thread *self = now.running;
-    self->is = is;
-    fiber_switch(&self->own, now.back);
-}
-
-void free_barrier() {
-    if (!now.arrived || now.arrived + now.ended < now.n) return;
-    now.arrived = 0;
-    for (unsigned i = 0; i < now.n; i++)
-        if (now.threads[i]->is == AT_BARRIER) now.threads[i]->is = READY;
-}
-
-void run_thread() {
-    fiber_arrived(&now.running->own, now.back);
-    for (;;) {
-        fiber_acquire(&now.begun);
-        (*now.body)();
-        fiber_release(&now.done);
-        if (!now.running->copies.empty()) die("ends with copies that nobody waited for");
-        now.ended++;
-        free_barrier();
-        stop(ENDED);
-    }
-}
-
-void stuck() {
-    unsigned barrier = 0, warp = 0;
-    for (unsigned i = 0; i < now.n; i++) {
-        barrier += now.threads[i]->is == AT_BARRIER;
-        warp += now.threads[i]->is == IN_WARP;
-        if (now.threads[i]->is != ENDED) now.running = now.threads[i];
-    }
-    char text[160];
-    snprintf(text, sizeof text, "waits for ever: %u threads are at __syncthreads(), %u in a warp "
-             "operation, %u have ended", barrier, warp, now.ended);
-    die(text);
-}
-
-bool backwards() {
-    const char *order = getenv("CUDA_ON_CPU_ORDER");
-    return order && !strcmp(order, "reverse");
-}
-
-void run_block(const place &at, unsigned turn, bool reverse) {
-    now.arrived = now.ended = 0;
-    for (unsigned i = 0; i < now.n; i++) {
-        // a fiber is another thread in the next block, so that races between blocks show
-        thread *t = now.threads[(i + turn) % now.n];
-        t->at = at;
-        t->at.thread = dim3(i % at.threads.x, i / at.threads.x % at.threads.y,
-                            i / at.threads.x / at.threads.y);
-        t->number = i;
-        t->is = READY;
-        t->barriers = 0;
-        t->groups = 0;
-        now.warp_syncs[i] = 0;
-    }
-    std::vector<thread *> in_order(now.n);
-    for (unsigned i = 0; i < now.n; i++) in_order[now.threads[i]->number] = now.threads[i];
-    for (unsigned i = 0; i < now.n; i++) now.threads[i] = in_order[i];
-    if (now.shared_bytes) {
-        if (posix_memalign(&now.shared, 128, now.shared_bytes)) abort();
-        memset(now.shared, 0xff, now.shared_bytes);
-    }
-    fiber_release(&now.begun);
-    while (now.ended < now.n) {
-        bool moved = false;
-        for (unsigned i = 0; i < now.n; i++) {
-            thread *t = now.threads[reverse ? now.n - 1 - i : i];
-            if (t->is != READY) continue;
-            moved = true;
-            now.running = t;
-            here = &t->at;
-            fiber_switch(now.back, &t->own);
-        }
-        if (!moved) stuck();
-    }
-}
-
-void run_grid(dim3 grid, dim3 threads, size_t shared, const std::function<void()> &body) {
-    std::lock_guard<std::recursive_mutex> lock(one_at_a_time);
-    static fiber back; // fibers come back to it across launches
-    fiber_adopt(&back);
-    now.back = &back;
-    now.body = &body;
-    now.n = threads.x * threads.y * threads.z;
-    for (; now.made < now.n; now.made++) {
-        now.threads[now.made] = new thread{};
-        fiber_make(&now.threads[now.made]->own, STACK_BYTES, run_thread);
-    }
-    now.shared = nullptr;
-    now.shared_bytes = shared;
-    std::vector<void *> all_shared; // kept until ThreadSanitizer has forgotten who wrote there
-    const unsigned blocks = grid.x * grid.y * grid.z;
-    const bool reverse = backwards();
-    for (unsigned i = 0; i < blocks; i++) {
-        const unsigned b = reverse ? blocks - 1 - i : i;
-        const place at = {dim3(), dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y),
-                          threads, grid};
-        run_block(at, i % 7 * 5 + 1, reverse);
-        all_shared.push_back(now.shared);
-    }
-    fiber_acquire(&now.done);
-    for (void *memory : all_shared) free(memory);
-}
-
-} // namespace
-
-// ---- inside a kernel
-
-void cuda_on_cpu::sync_threads() {
-    thread *self = now.running;
-    char *token = &now.tokens[self->barriers++ % 2]; // two: the next barrier is another
-    fiber_release(token);
-    now.arrived++;
-    self->is = AT_BARRIER;
-    free_barrier();
-    if (self->is == AT_BARRIER) fiber_switch(&self->own, now.back);
-    fiber_acquire(token);
-}
-
-unsigned cuda_on_cpu::lane() { return now.running->number % WARP_LANES; }
-
-void cuda_on_cpu::together(unsigned mask, void *mine, void (*step)(void **, unsigned)) {
-    thread *self = now.running;
-    const unsigned first = self->number / WARP_LANES * WARP_LANES;
-    if (!(mask >> lane() & 1)) die("is not in the mask of its own warp operation");
-    self->mask = mask;
-    self->brought = mine;
-    self->step = step;
-    self->is = IN_WARP;
-    void *lanes[WARP_LANES] = {};
-    for (unsigned l = 0; l < WARP_LANES; l++) {
-        if (!(mask >> l & 1)) continue;
-        if (first + l >= now.n) die("waits for a lane that the block does not have");
-        const thread *t = now.threads[first + l];
-        if (t->is == ENDED) die("waits for a lane that has ended");
-        if (t->is == IN_WARP && (t->mask != mask || t->step != step))
-            die("meets lanes in another warp operation, or with another mask");
-        if (t->is != IN_WARP) {
-            fiber_switch(&self->own, now.back);
-            return;
-        }
-        lanes[l] = t->brought;
-    }
-    step(lanes, mask);
-    for (unsigned l = 0; l < WARP_LANES; l++)
-        if (mask >> l & 1) now.threads[first + l]->is = READY;
-}
-
-static void nothing(void **, unsigned) {}
-
-void cuda_on_cpu::sync_warp(unsigned mask) {
-    thread *self = now.running;
-    char *token = &now.warp_tokens[self->number / WARP_LANES][now.warp_syncs[self->number]++ % 2];
-    fiber_release(token);
-    together(mask, nullptr, nothing);
-    fiber_acquire(token);
-}
-
-void cuda_on_cpu::do_shuffle(void **lanes, unsigned mask) {
-    for (int l = 0; l < WARP_LANES; l++) {
-        shuffle *s = (shuffle *)lanes[l];
-        if (!s) continue;
-        if (!(mask >> s->lane & 1)) die("reads the value of a lane that is not in the mask");
-        s->result = ((shuffle *)lanes[s->lane])->value;
-    }
-}
-
-void cuda_on_cpu::do_ballot(void **lanes, unsigned) {
-    uint64_t bits = 0;
-    for (int l = 0; l < WARP_LANES; l++)
-        if (lanes[l]) bits |= ((shuffle *)lanes[l])->value << l;
-    for (int l = 0; l < WARP_LANES; l++)
-        if (lanes[l]) ((shuffle *)lanes[l])->result = bits;
-}
-
-void *cuda_on_cpu::dynamic_shared() { return now.shared; }
-
-void cuda_on_cpu::copy_later(void *to, const void *from, int bytes, int given) {
-    thread *self = now.running;
-    self->copies.push_back({{(char *)to, (const char *)from, bytes, given}, self->groups});
-}
-
-void cuda_on_cpu::copy_commit() { now.running->groups++; }
-
-bool cuda_on_cpu::copy_due(int left, copy *c) {
-    thread *self = now.running;
-    if (self->copies.empty() || self->copies.front().group >= self->groups - left) return false;
-    *c = self->copies.front().what;
-    self->copies.erase(self->copies.begin());
-    return true;
-}
 
 // ---- memory
 
@@ -281,28 +44,75 @@ size_t memory_bytes() { return number_of("CUDA_ON_CPU_MEMORY", (size_t)4 << 30);
 } // namespace
 
 struct cuda_on_cpu_graph { std::vector<std::function<void()>> steps; };
-struct cuda_on_cpu_stream { cuda_on_cpu_graph *capturing; };
-struct cuda_on_cpu_event { std::chrono::steady_clock::time_point at; };
+struct cuda_on_cpu_stream {
+    cuda_on_cpu_graph *capturing;
+    bool spoilt;                               // by a call that may not be made meanwhile
+    std::deque<std::function<void()>> waiting; // what it was given and has not done
+};
+struct cuda_on_cpu_event {
+    std::chrono::steady_clock::time_point at;
+    cudaStream_t of;
+    int recorded, reached;
+};
 
-static cudaError_t give(cudaStream_t stream, std::function<void()> step) {
+namespace {
+
+std::recursive_mutex queues;              // of all streams; held while one works
+std::set<cudaStream_t> streams;
+thread_local cudaStream_t captured;       // by this thread
+
+/* The GPU that the thread has chosen; each starts with the first, unless a test says otherwise. */
+int &chosen() {
+    thread_local int device = device_is("second");
+    return device;
+}
+
+/* While a stream is recorded its thread may neither take memory nor wait. */
+cudaError_t not_recording() {
+    if (!captured) return cudaSuccess;
+    captured->spoilt = true;
+    return cudaErrorStreamCaptureUnsupported;
+}
+
+/* A stream works when it is waited for, as late as a GPU might; the default one at once. */
+cudaError_t give(cudaStream_t stream, std::function<void()> step) {
+    std::lock_guard<std::recursive_mutex> lock(queues);
+    if (chosen()) return cudaErrorInvalidResourceHandle;
+    const char *when = getenv("CUDA_ON_CPU_STREAMS");
+    const bool early = !stream || (when && !strcmp(when, "early"));
     if (stream && stream->capturing) stream->capturing->steps.push_back(std::move(step));
-    else step();
+    else if (early) step();
+    else stream->waiting.push_back(std::move(step));
     return cudaSuccess;
 }
+
+void work_off(cudaStream_t stream) {
+    std::lock_guard<std::recursive_mutex> lock(queues);
+    while (!stream->waiting.empty()) {
+        const auto step = std::move(stream->waiting.front());
+        stream->waiting.pop_front();
+        step();
+    }
+}
+
+} // namespace
 
 cudaError_t cuda_on_cpu::launch(const cudaLaunchConfig_t &how, std::function<void()> body) {
     const dim3 grid = how.gridDim, threads = how.blockDim;
     const size_t n = (size_t)threads.x * threads.y * threads.z, shared = how.dynamicSmemBytes;
-    if (!n || n > MOST_THREADS || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
-        grid.z > 65535 || shared > 99 << 10)
+    if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 ||
+        grid.z > 65535 || shared > 48 << 10)
         return cudaErrorInvalidConfiguration;
     return give(how.stream, [=] { run_grid(grid, threads, shared, body); });
 }
 
 cudaError_t cudaMalloc(void **pointer, size_t bytes) {
-    std::lock_guard<std::mutex> lock(books);
     *pointer = nullptr;
-    if (in_use + bytes + number_of("CUDA_ON_CPU_TAKEN", 0) > memory_bytes()) return cudaErrorMemoryAllocation;
+    if (const cudaError_t error = not_recording()) return error;
+    if (chosen()) return cudaErrorInvalidResourceHandle; // it would be the other GPU's
+    std::lock_guard<std::mutex> lock(books);
+    if (in_use + bytes + number_of("CUDA_ON_CPU_TAKEN", 0) > memory_bytes())
+        return cudaErrorMemoryAllocation;
     if (posix_memalign(pointer, 256, bytes)) return cudaErrorMemoryAllocation;
     memset(*pointer, 0xff, bytes);
     allocated[*pointer] = bytes;
@@ -310,9 +120,15 @@ cudaError_t cudaMalloc(void **pointer, size_t bytes) {
     return cudaSuccess;
 }
 
+/* Waits for all that the GPU was given. */
 cudaError_t cudaFree(void *pointer) {
-    std::lock_guard<std::mutex> lock(books);
     if (!pointer) return cudaSuccess;
+    if (const cudaError_t error = not_recording()) return error;
+    {
+        std::lock_guard<std::recursive_mutex> lock(queues);
+        for (cudaStream_t stream : streams) work_off(stream);
+    }
+    std::lock_guard<std::mutex> lock(books);
     const auto found = allocated.find(pointer);
     if (found == allocated.end()) return cudaErrorInvalidValue;
     in_use -= found->second;
@@ -329,16 +145,22 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 
 cudaError_t cudaMallocHost(void **pointer, size_t bytes) {
+    if (const cudaError_t error = not_recording()) return error;
     return posix_memalign(pointer, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *pointer) {
+    if (const cudaError_t error = not_recording()) return error;
     free(pointer);
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+/* Late, also from memory that is not pinned, which a GPU may read late, too. A graph would keep
+ * the host's address: no step may. */
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
+    if (kind != cudaMemcpyDeviceToDevice)
+        if (const cudaError_t error = not_recording()) return error;
     return give(stream, [=] { memcpy(to, from, bytes); });
 }
 
@@ -355,6 +177,12 @@ const char *cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorSystemNotReady: return "system not yet initialized";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+        return "operation failed due to a previous error during capture";
     default: return "invalid argument";
     }
 }
@@ -367,11 +195,21 @@ cudaError_t cudaDriverGetVersion(int *version) {
 }
 
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = device_is("none") ? 0 : 1;
+    *count = device_is("none") ? 0 : 2;
+    if (device_is("unready")) return cudaErrorSystemNotReady;
     return *count ? cudaSuccess : cudaErrorNoDevice;
 }
 
-cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device > 1) return cudaErrorInvalidValue;
+    chosen() = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device) {
+    *device = chosen();
+    return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     *p = cudaDeviceProp{};
@@ -387,30 +225,44 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
 // ---- streams, graphs, events
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    if (chosen()) return cudaErrorInvalidResourceHandle;
+    std::lock_guard<std::recursive_mutex> lock(queues);
     *stream = new cuda_on_cpu_stream{};
+    streams.insert(*stream);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    std::lock_guard<std::recursive_mutex> lock(queues);
+    work_off(stream);
+    streams.erase(stream);
     delete stream;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    return stream && stream->capturing ? cudaErrorInvalidValue : cudaSuccess;
+    if (const cudaError_t error = not_recording()) return error;
+    if (stream) work_off(stream);
+    return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-    if (!stream || stream->capturing) return cudaErrorInvalidValue;
+    if (!stream || stream->capturing || captured) return cudaErrorInvalidValue;
     stream->capturing = new cuda_on_cpu_graph{};
+    stream->spoilt = false;
+    captured = stream;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
-    if (!stream->capturing) return cudaErrorInvalidValue;
+    if (captured != stream) return cudaErrorInvalidValue;
     *graph = stream->capturing;
     stream->capturing = nullptr;
-    return cudaSuccess;
+    captured = nullptr;
+    if (!stream->spoilt) return cudaSuccess;
+    delete *graph;
+    *graph = nullptr;
+    return cudaErrorStreamCaptureInvalidated;
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
@@ -435,15 +287,30 @@ cudaError_t cudaEventCreate(cudaEvent_t *event) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (streams.count(event->of)) work_off(event->of);
     delete event;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    return give(stream, [event] { event->at = std::chrono::steady_clock::now(); });
+    event->of = stream;
+    event->recorded++;
+    return give(stream, [event] {
+        event->at = std::chrono::steady_clock::now();
+        event->reached++;
+    });
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (const cudaError_t error = not_recording()) return error;
+    std::lock_guard<std::recursive_mutex> lock(queues);
+    while (event->reached < event->recorded && !event->of->waiting.empty()) {
+        const auto step = std::move(event->of->waiting.front());
+        event->of->waiting.pop_front();
+        step();
+    }
+    return cudaSuccess;
+}
 
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
     *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
