@@ -1,6 +1,7 @@
 /* device.cuh: the few things below CUDA C++ that kernels share: halves in bits, reductions, and
  * the instructions that only PTX has, each in a function of its own.
  *
+ * What a whole warp must do together is volatile, so that no compiler moves it into a branch.
  * On the CPU (tests/cuda_on_cpu) the same functions have plain definitions, so that nothing above
  * this file knows what it runs on. All shared memory is dynamic. */
 #ifndef DEVICE_CUH
@@ -50,13 +51,13 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t 
  *     c[0], c[1]: row g, columns 2t, 2t + 1                    c[2], c[3]: row g + 8 */
 __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     for (int i = 0; i < 2; i++) // Turing's has half the depth
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
             "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));

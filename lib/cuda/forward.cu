@@ -337,7 +337,15 @@ int run_part(part *p, size_t done, float *out) {
 
 } // namespace
 
+/* RC, after an error only when the GPU is done with the caller's memory and the batch's. */
+static int settled(struct cuda *c, int rc) {
+    if (!rc) return 0;
+    cudaStreamSynchronize(c->stream);
+    return -1;
+}
+
 int cuda_forward(void *state, const struct rows *rows, float *out) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)state;
     if (c->failed) return fail("device \"cuda\": keys and values could not be moved earlier on");
     const llama_config *f = &c->model->config;
@@ -350,8 +358,8 @@ int cuda_forward(void *state, const struct rows *rows, float *out) {
         p.start = start;
         p.shape.n = (int)(rows->n - start < (size_t)c->rows ? rows->n - start : (size_t)c->rows);
         p.shape.hidden = hidden;
-        if (run_part(&p, done, out ? out + done * (hidden ? f->dim : f->n_outputs) : nullptr))
-            return -1;
+        float *to = out ? out + done * (hidden ? f->dim : f->n_outputs) : nullptr;
+        if (run_part(&p, done, to)) return settled(c, -1);
         done += (size_t)p.shape.wanted;
     }
     return 0;
@@ -417,6 +425,7 @@ int run_stage(part *p, const llama_stage *g, size_t first) {
 /* Every layer has the first's place in the pages: no other is needed at the same time. */
 int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
                const struct sequence *of) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)state;
     int32_t positions[MOST_ROWS], lengths[MOST_ROWS];
     const struct sequence *all[MOST_ROWS];
@@ -439,13 +448,15 @@ int cuda_stage(void *state, const llama_stage *g, const struct layer *layer,
         p.layer = &there;
         rc = run_stage(&p, g, start);
     }
+    rc = settled(c, rc);
     cudaFree(memory);
-    return rc ? -1 : 0;
+    return rc;
 }
 
 // ---- logits that stayed
 
 int cuda_fetch(void *state, size_t row, float *out) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)state;
     const size_t n = c->model->config.n_outputs;
     const cudaError_t error = cudaMemcpyAsync(out, c->logits + row * n, n * sizeof *out,
@@ -479,13 +490,14 @@ static int send_lists(struct cuda *c, const llama_sampling *s, const int32_t *se
 
 int cuda_sample(void *state, size_t row, const llama_sampling *s, const int32_t *seen,
                 size_t n_seen, size_t n_said, double random, int32_t *token) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)state;
     const size_t n = c->model->config.n_outputs;
     if (s->temperature > 0 && (s->typical_p < 1 || s->mirostat_tau > 0)) return 1;
     const bool penalties = s->repetition_penalty != 1 || s->presence_penalty != 0 ||
                            s->frequency_penalty != 0;
     if (!penalties) n_seen = n_said = 0; // then nobody looks at them
-    if (send_lists(c, s, seen, n_seen)) return -1;
+    if (send_lists(c, s, seen, n_seen)) return settled(c, -1);
     const choice one = {
         c->logits + row * n, (int)n, c->lists + n_seen, c->lists,
         (const float *)(c->lists + n_seen + s->n_bias), (int)s->n_bias, (int)n_seen, (int)n_said,
@@ -495,6 +507,6 @@ int cuda_sample(void *state, size_t row, const llama_sampling *s, const int32_t 
     if (!error)
         error = cudaMemcpyAsync(token, c->token, sizeof *token, cudaMemcpyDeviceToHost, c->stream);
     if (!error) error = cudaStreamSynchronize(c->stream);
-    if (cuda_check(error, "sampling")) return -1;
+    if (cuda_check(error, "sampling")) return settled(c, -1);
     return *token < 0 ? 1 : 0; // the host says what is wrong with the logits
 }

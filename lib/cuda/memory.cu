@@ -25,11 +25,13 @@ int device_find(cudaDeviceProp *p) {
         return fail("device \"cuda\": the NVIDIA driver is for CUDA %d.%d, expected %d.%d (driver "
                     "580) or later", version / 1000, version % 1000 / 10, LEAST_DRIVER / 1000,
                     LEAST_DRIVER % 1000 / 10);
-    if (cudaGetDeviceCount(&count) != cudaSuccess || !count) {
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorNoDevice || (!error && !count)) {
         cudaGetLastError();
         return fail("device \"cuda\": the NVIDIA driver finds no GPU");
     }
-    if (cuda_check(cudaSetDevice(0), "choosing the GPU") ||
+    if (cuda_check(error, "looking for a GPU") ||
+        cuda_check(cudaSetDevice(0), "choosing the GPU") ||
         cuda_check(cudaGetDeviceProperties(p, 0), "asking what the GPU is"))
         return -1;
     if (p->major * 10 + p->minor < 75)
@@ -233,11 +235,11 @@ int plan(const struct model *model, uint32_t first, const session_need &need) {
     const size_t weights = weights_find(model, first) ? 0 : weights_count(model, first);
     const size_t pages = ((size_t)need.positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     const double mib = 1 << 20;
-    char context[64] = "no context fits", layers[96] = "";
+    char context[64] = "no context fits", layers[64] = "";
     if (fits) snprintf(context, sizeof context, "the longest context that fits is %zu", fits);
     if (fewer <= n_layers)
-        snprintf(layers, sizeof layers, "; with this one %u of %u layers fit (--gpu-layers %u)",
-                 n_layers - fewer, n_layers, n_layers - fewer);
+        snprintf(layers, sizeof layers, "; with this one the last %u of %u layers fit",
+                 n_layers - fewer, n_layers);
     return fail("device \"cuda\": %s needs %.0f MiB for weights of %u layers, %.0f for scratch and "
                 "%.0f for keys and values of %u positions, and %.0f are free: %s%s",
                 model->file.path, (double)weights / mib, n_layers - first,

@@ -11,6 +11,21 @@ extern "C" {
 /* 0, or -1 with what CUDA says and DOING, e.g. "copying weights". */
 int cuda_check(cudaError_t error, const char *doing);
 
+/* While one lives, the thread's CUDA calls are for the first GPU, whichever another library in the
+ * process had chosen for this thread, and has again afterwards. */
+class on_gpu {
+    int before = 0;
+
+  public:
+    on_gpu() {
+        if (cudaGetDevice(&before) != cudaSuccess || before) cudaSetDevice(0);
+    }
+    ~on_gpu() {
+        if (before) cudaSetDevice(before);
+    }
+    on_gpu(const on_gpu &) = delete;
+};
+
 /* The first GPU, or -1 with the reason in one line: no driver, too old a one, no GPU, too old. */
 int device_find(cudaDeviceProp *properties);
 

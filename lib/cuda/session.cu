@@ -96,9 +96,13 @@ int batch_reserve(struct cuda *c, size_t n_pages) {
 
 namespace {
 
-void *page_make(void *device) { return page_store_take(&((struct cuda *)device)->pages); }
+void *page_make(void *device) {
+    const on_gpu here;
+    return page_store_take(&((struct cuda *)device)->pages);
+}
 
 void page_copy(void *device, void *to, const void *from) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)device;
     c->failed |= cuda_check(cudaMemcpyAsync(to, from, c->page_bytes, cudaMemcpyDeviceToDevice,
                                             c->stream), "copying a KV page");
@@ -129,6 +133,7 @@ int slide_send(struct cuda *c, uint8_t **to, void *const *from_pages, size_t n_f
 
 void page_slide(void *device, void *const *from, void *const *to, uint32_t first, uint32_t count,
                 uint32_t length) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)device;
     const size_t n_from = ((size_t)length + count + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     const size_t n_to = ((size_t)length + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
@@ -150,6 +155,7 @@ void page_slide(void *device, void *const *from, void *const *to, uint32_t first
  * device. */
 int copy_pages(struct cuda *c, const struct sequence *of, uint32_t first, uint32_t n, void *out,
                const void *in) {
+    const on_gpu here;
     const size_t row = (size_t)c->page_bytes / PAGE_POSITIONS;
     uint8_t *buffer = nullptr;
     if (cuda_check(cudaMalloc((void **)&buffer, c->page_bytes), "memory to copy keys and values"))
@@ -191,6 +197,7 @@ int cuda_write(void *state, const struct sequence *of, uint32_t first, uint32_t 
 // ---- opening and closing
 
 void cuda_close(void *state) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)state;
     if (c->stream) cudaStreamSynchronize(c->stream);
     graphs_free(c);
@@ -218,9 +225,19 @@ void kv_open(struct cuda *c, const llama_session_options *options, uint32_t posi
     if (n_layers) page_store_open(&c->pages, c->page_bytes, positions);
 }
 
+/* What blocks and their shared memory hold. */
+int check_shape(const llama_config *f) {
+    if (f->head_dim > MOST_HEAD_DIM)
+        return fail("device \"cuda\": head_dim is %u, expected at most %d", f->head_dim,
+                    MOST_HEAD_DIM);
+    if (f->n_heads > MOST_HEADS)
+        return fail("device \"cuda\": n_heads is %u, expected at most %d", f->n_heads, MOST_HEADS);
+    return 0;
+}
+
 int open_parts(struct cuda *c, const llama_session_options *options, llama_session_info *info) {
     const llama_config *f = &c->model->config;
-    if (device_find(&c->device)) return -1;
+    if (device_find(&c->device) || check_shape(f)) return -1;
     snprintf(c->isa, sizeof c->isa, "%s, sm_%d%d", c->device.name, c->device.major,
              c->device.minor);
     kv_open(c, options, info->max_seq_len);
@@ -251,6 +268,7 @@ int open_parts(struct cuda *c, const llama_session_options *options, llama_sessi
 
 int cuda_open(const struct model *model, const llama_session_options *options,
               llama_session_info *info, void **state) {
+    const on_gpu here;
     struct cuda *c = (struct cuda *)calloc(1, sizeof *c);
     if (!c) return fail("out of memory for a session");
     c->model = model;

@@ -13,6 +13,8 @@ constexpr int MOST_ROWS = 512;
 constexpr int LOGIT_ROWS = KEPT_ROWS; // that get logits at once
 constexpr int GRAPH_ROWS = 16;    // up to so many rows a step is kept as a graph
 constexpr int GRAPHS = 32;
+constexpr int MOST_HEAD_DIM = 4096; // several heads in 48 KiB of shared memory
+constexpr int MOST_HEADS = 16384; // queries, keys and values in 65535 blocks
 
 /* What the launches of a step depend on, besides what stands in device memory. */
 struct step_shape {
