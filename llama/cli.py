@@ -181,7 +181,8 @@ def add_speculation_flags(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--draft-bin", type=Path, metavar="FILE",
-        help="a much smaller model of the same vocabulary that drafts them",
+        help="a much smaller model of the same vocabulary that drafts them; on the same device, "
+        "whole",
     )  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def open_model(
     """The Llama that the flags name; the default model is fetched if there is none yet."""
     from llama.generate import Llama
 
-    with warnings.catch_warnings(record=True) as notes, _upload_shown() as progress:
+    with warnings.catch_warnings(record=True) as notes, upload_shown() as progress:
         warnings.simplefilter("always", UserWarning)  # said below, in a line without a source
         llm = Llama(
             args.bin or default_bin(), threads=args.threads, device=args.device,
@@ -251,7 +252,7 @@ def open_model(
 
 
 @contextmanager
-def _upload_shown() -> Iterator[Callable[[int, int], None]]:
+def upload_shown() -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, if that is a terminal, once weights have been on their way for a second."""
     from tqdm import tqdm
 

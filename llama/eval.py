@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama import distance
-from llama.cli import Parser, default_bin, run, say
+from llama.cli import Parser, default_bin, run, say, upload_shown
 from llama.config import Head
 from llama.errors import LlamaError
 from llama.reward import vocabularies_differ
@@ -259,6 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="all of it as JSON; - is standard output")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
     parser.add_argument("--isa", metavar="NAME", help="the CPU kernels (default: the best)")
+    devices = ("cpu", "cuda", "auto")
     for prefix, whose in ("", "the model's"), ("against-", "the reference's"):
         parser.add_argument(
             f"--{prefix}activations", type=int, metavar="BITS",
@@ -267,6 +268,15 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(
             f"--{prefix}kv", metavar="KIND",
             help=f"{whose} keys and values: f32, f16, q8 (default: f32 for an f32 file, else f16)",
+        )  # fmt: skip
+        parser.add_argument(
+            f"--{prefix}device", default="cpu", choices=devices,
+            help=f"{whose}; auto: cuda where there is a GPU and it fits (default: cpu)",
+        )  # fmt: skip
+        parser.add_argument(
+            f"--{prefix}gpu-layers", type=int, metavar="N",
+            help=f"with cuda: {whose} last N layers on the GPU, the others on the CPU "
+            "(default: all)",
         )  # fmt: skip
     given = parser.parse_args()
     for name in ("tokens", "stride"):
@@ -442,21 +452,28 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main() -> int:
-    given = arguments()
+OWN = ("activations", "kv", "device", "gpu_layers")  # flags of each model
+
+
+def opened(given: argparse.Namespace, path: Path, prefix: str) -> Engine:
+    """PATH's engine, by the flags of this PREFIX."""
     from llama.engine import Engine
 
+    own = {name: getattr(given, prefix + name) for name in OWN}
+    with upload_shown() as progress:
+        engine = Engine(path, threads=given.threads, isa=given.isa, progress=progress, **own)
+    if engine.chosen is not None:
+        say(f"device of {path}: {engine.chosen}")
+    return engine
+
+
+def main() -> int:
+    given = arguments()
     data = None if given.text is None else read_text(given.text)
     with ExitStack() as stack:
-        paths = [(given.bin or default_bin(), given.activations, given.kv)]
+        engines = [stack.enter_context(opened(given, given.bin or default_bin(), ""))]
         if given.against is not None:
-            paths.append((given.against, given.against_activations, given.against_kv))
-        engines = [
-            stack.enter_context(
-                Engine(path, threads=given.threads, isa=given.isa, activations=bits, kv=kv)
-            )
-            for path, bits, kv in paths
-        ]
+            engines.append(stack.enter_context(opened(given, given.against, "against_")))
         found = measure(given, engines, data)
     if given.json is not None:
         line = json.dumps(_plain(found), ensure_ascii=False, allow_nan=False)

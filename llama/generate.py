@@ -54,11 +54,12 @@ class Llama(Heads):
     ) -> None:  # fmt: skip
         """Opens PATH, a .bin file that export.py wrote. THREADS: None, one a core. DEVICE: "cpu",
         "cuda" or "auto", of which `chosen` then says what it took and why. GPU_LAYERS: with cuda
-        only the last so many layers there, None all; PROGRESS(done, total): told of bytes brought
-        there. MAX_SEQ_LEN: None, the model's own; warns if it was not made for so many. KV: kind of
-        the cache, "f32", "f16" or "q8". ISA: a kernel set, None the best. TEMPLATE: a chat
-        template's family, not the file's own. DATE: what Llama 3.1 and later are told the day is
-        ("26 Jul 2024"); None, as their template has it, which Meta's own files lack: no date.
+        only the last so many layers there, None all; a DRAFT given as a path is there whole.
+        PROGRESS(done, total): told of bytes brought there. MAX_SEQ_LEN: None, the model's own;
+        warns if it was not made for so many. KV: kind of the cache, "f32", "f16" or "q8". ISA: a
+        kernel set, None the best. TEMPLATE: a chat template's family, not the file's own. DATE:
+        what Llama 3.1 and later are told the day is ("26 Jul 2024"); None, as their template has
+        it, which Meta's own files lack: no date.
 
         OVERFLOW: what happens when the context is full. "stop": the completion ends, "length".
         "error": a LlamaError. "slide": the first KEEP tokens stay, of the others the oldest half
@@ -68,14 +69,12 @@ class Llama(Heads):
         model needs whole ends, as with "stop", instead of sliding."""
         from llama.engine import Engine
 
-        self._setup(
-            Engine(
-                path, threads=threads, device=device, max_seq_len=max_seq_len, kv=kv,
-                activations=activations, isa=isa, gpu_layers=gpu_layers, progress=progress,
-            ),
-            template, date, overflow, keep,
+        same: dict[str, Any] = dict(
+            threads=threads, device=device, kv=kv, activations=activations, isa=isa,
+            progress=progress,
         )  # fmt: skip
-        same = dict(threads=threads, device=device, kv=kv, activations=activations, isa=isa)
+        engine = Engine(path, max_seq_len=max_seq_len, gpu_layers=gpu_layers, **same)
+        self._setup(engine, template, date, overflow, keep)
         self._speculate(lookup, draft, same)
         untrained = self.config.untrained(self.max_seq_len)
         if untrained is not None:
@@ -131,8 +130,9 @@ class Llama(Heads):
 
     @property
     def chosen(self) -> str | None:
-        """How device "auto" came to its device; None for others."""
-        return self._engine.chosen
+        """How device "auto" came to its device, for a draft opened here, too; None for others."""
+        draft = self._own_draft.chosen if self._own_draft else None
+        return "; for the draft ".join(filter(None, (self._engine.chosen, draft))) or None
 
     @property
     def drafts_by(self) -> str | None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llama.cli import default_bin, run, say
+from llama.cli import default_bin, run, say, upload_shown
 from llama.errors import LlamaError
 from llama.generate import Llama
 from llama.sampling import SamplingParams
@@ -23,8 +23,8 @@ MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "seed")
 IDLE = {"do_sample", "num_beams", "use_cache", "pad_token_id"}  # say nothing more to this engine
-MODEL_ARGS = ("bin", "threads", "max_length", "activations", "kv", "isa", "add_bos_token",
-              "prefix_token_id", "max_gen_toks")  # fmt: skip
+MODEL_ARGS = ("bin", "threads", "max_length", "activations", "kv", "isa", "gpu_layers",
+              "add_bos_token", "prefix_token_id", "max_gen_toks")  # fmt: skip
 Pair = tuple[list[int], list[int]]  # context, continuation
 
 
@@ -35,31 +35,35 @@ class Adapter:
     def __init__(
         self, bin: str | None = None, threads: int | None = None, max_length: int | None = None,
         activations: int | None = None, kv: str | None = None, isa: str | None = None,
-        add_bos_token: bool | None = None, prefix_token_id: int | None = None,
-        max_gen_toks: int = MAX_NEW_TOKENS, device: str | None = None,
+        gpu_layers: int | None = None, add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None, max_gen_toks: int = MAX_NEW_TOKENS,
+        device: str | None = None,
         batch_size: object = None, max_batch_size: object = None, **unknown: object,
     ) -> None:  # fmt: skip
-        """BIN (None: bin/chat-llama.bin), THREADS, MAX_LENGTH (the context), ACTIVATIONS, KV and
-        ISA as for Llama. ADD_BOS_TOKEN: None, whether the model has a begin token.
+        """BIN (None: bin/chat-llama.bin), THREADS, MAX_LENGTH (the context), ACTIVATIONS, KV, ISA
+        and GPU_LAYERS as for Llama. ADD_BOS_TOKEN: None, whether the model has a begin token.
         PREFIX_TOKEN_ID: what stands before an empty context; None, the begin token, else the end
         token. The engine chooses how much it computes together: BATCH_SIZE and MAX_BATCH_SIZE are
         the harness's habit. DEVICE is its own as well, "cuda:0" where nobody says; a library
-        without CUDA computes on the CPU."""
+        without CUDA computes on the CPU, if no GPU_LAYERS are asked for."""
         super().__init__()
         for name in unknown:
             raise LlamaError(f"model_args: there is no {name}; expected {', '.join(MODEL_ARGS)}")
         path = bin or default_bin()
 
         def opened(device: str) -> Llama:
-            return Llama(
-                path, threads=threads, max_seq_len=max_length, activations=activations, kv=kv,
-                isa=isa, device=device,
-            )  # fmt: skip
+            with upload_shown() as progress:
+                return Llama(
+                    path, threads=threads, max_seq_len=max_length, activations=activations, kv=kv,
+                    isa=isa, device=device, gpu_layers=gpu_layers, progress=progress,
+                )  # fmt: skip
 
         if device is not None and device.startswith("cuda"):
             try:
                 self.llm = opened("cuda")
             except LlamaError as error:
+                if gpu_layers is not None:
+                    raise
                 self.llm = opened("cpu")
                 say(f"note: computing on the CPU: {error}")
         else:

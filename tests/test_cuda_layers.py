@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
-from emulator import FEW, MANY, ROUNDED, SHAPE, WIDE, distance, feed, free_bytes, greedy, run_out
+from emulator import (
+    FEW,
+    MANY,
+    ROUNDED,
+    SHAPE,
+    WIDE,
+    built,
+    distance,
+    feed,
+    free_bytes,
+    greedy,
+    run_out,
+)  # fmt: skip
 
-from llama import Llama, stages
+from llama import Llama, harness, stages
 from llama._lib import ffi
 from llama.config import Head
 from llama.engine import Engine, Model, sample_logits
@@ -212,12 +226,14 @@ def test_the_plan_names_how_many_layers_fit(
     taken, seen = (4 << 30) - before, set()
     for less in (1, whole // 6, whole // 3, whole // 2):
         monkeypatch.setenv("CUDA_ON_CPU_MEMORY", str(taken + whole + 64 * MIB - less))
-        with pytest.raises(LlamaError, match=r"; with this one (\d) of 6 layers fit") as caught:
+        message = r"; with this one the last (\d) of 6 layers fit$"
+        with pytest.raises(LlamaError, match=message) as caught:
             Engine(path, device="cuda", max_seq_len=4096)
         assert "\n" not in str(caught.value)
-        fits = int(re.findall(r"\(--gpu-layers (\d)\)$", str(caught.value))[0])
+        fits = int(re.findall(r"the last (\d) of", str(caught.value))[0])
         split(path, fits, max_seq_len=4096).close()
-        with pytest.raises(LlamaError, match=f"weights of {fits + 1} layers.* {fits} of 6 layers"):
+        message = f"weights of {fits + 1} layers.* the last {fits} of 6 layers fit"
+        with pytest.raises(LlamaError, match=message):
             split(path, fits + 1, max_seq_len=4096)
         seen.add(fits)
     assert len(seen) > 1
@@ -301,8 +317,6 @@ def test_sessions_of_a_model_share_its_weights(tmp_path: Path, order: tuple[int,
 
 
 def test_sessions_that_open_at_once_share(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     path = small_models.write_bin(tmp_path / "m.bin", WIDE)
     before = free_bytes()
     told: list[int] = []
@@ -317,6 +331,29 @@ def test_sessions_that_open_at_once_share(tmp_path: Path) -> None:
         assert all(np.array_equal(a, answers[0]) for a in answers)
         list(pool.map(Engine.close, engines))
     assert free_bytes() == before
+
+
+def test_threads_whose_gpu_is_another(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another library in the process may have chosen for them."""
+
+    def work(e: Engine) -> Any:
+        feed(e, range(40))
+        e.fork(0, 1, 37)
+        e.slide(1, 2, 9)
+        e.write_kv(2, 0, 40, e.read_kv(0, 0, 40))
+        rows = [feed(e, [5] * n, s) for s in range(3) for n in (1, 1, 1, 30)]
+        e.forward([1], [3], [0], [True], keep=True)
+        chosen = e.sample(0, SamplingParams(repetition_penalty=1.2), [1], 0, 0)
+        return rows, chosen, e.logprobs(0, 5, 3)
+
+    with Engine(model, device="cuda") as e:
+        rows, *rest = work(e)
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "second")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        e = one.submit(Engine, model, device="cuda").result()
+        again, *others = other.submit(work, e).result()
+        one.submit(e.close).result()
+    assert all(np.array_equal(a, b) for a, b in zip(rows, again, strict=True)) and rest == others
 
 
 def test_who_is_told_of_progress_may_close_another(model: Path) -> None:
@@ -337,6 +374,59 @@ def test_an_engine_leaves_a_model_that_it_was_given_open(model: Path) -> None:
         with Engine(m) as e:
             feed(e, [1])
         assert m.config.n_layers == 4
+
+
+# ---- the commands
+
+
+def evaluated(*words: str) -> Any:
+    library = str(built("", "llama") / "libllama.so")
+    command = [sys.executable, "-m", "llama.eval", *words, "--json", "-"]
+    done = subprocess.run(command, env=os.environ | {"LLAMA_LIBRARY": library}, text=True,
+                          capture_output=True)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_eval_on_the_gpu_against_the_cpu(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What a day this is, and what a night it was. " * 12, encoding="utf-8")
+    both = ("--bin", str(tiny), "--against", str(tiny), "--text", str(text), "--context", "64")
+    for flags in (["cuda"], ["cuda", "--gpu-layers", "1"], ["auto", "--gpu-layers", "0"]):
+        rc, out, err = evaluated(*both, "--device", *flags)
+        assert rc == 0, err
+        assert (f"device of {tiny}: cuda, emulated on the CPU" in err) is (flags[0] == "auto")
+        found = json.loads(out)
+        assert (found["model"]["device"], found["against"]["device"]) == ("cuda", "cpu")
+        assert found["model"]["isa"].startswith("emulated on the CPU, sm_80")
+        assert all(r["against"]["kl"]["value"] < 1e-6 for r in found["results"])
+    assert evaluated(*both, "--against-gpu-layers", "1")[1:] == (
+        "", "llama.eval: gpu_layers goes with device 'cuda' or 'auto', found 'cpu'\n")  # fmt: skip
+
+
+def test_the_harness_takes_layers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with harness.Adapter(str(tiny), gpu_layers=1, device="cuda:0").llm as llm:
+        info = llm._engine.info()
+        assert (info.device, info.host_layers) == ("cuda", llm.config.n_layers - 1)
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICE", "none")
+    with pytest.raises(LlamaError, match="this machine has no NVIDIA driver"):
+        harness.Adapter(str(tiny), gpu_layers=1, device="cuda:0")
+    with harness.Adapter(str(tiny), device="cuda:0").llm as llm:
+        assert llm._engine.info().device == "cpu"
+
+
+def test_a_draft_is_on_the_gpu_whole(tiny: Path) -> None:
+    told: list[tuple[int, int]] = []
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    with Llama(tiny) as llm:
+        right = llm.generate("What a day", params).token_ids
+    with Llama(tiny, device="auto", gpu_layers=1, draft=tiny,
+               progress=lambda done, total: told.append((done, total))) as llm:  # fmt: skip
+        assert llm._own_draft is not None and llm._own_draft._engine.info().host_layers == 0
+        assert [done for done, total in told if done == total] == [total for _, total in told]
+        assert len(told) == 2 and told[0][1] < told[1][1]  # a layer and the head; all of them
+        assert str(llm.chosen).count("cuda, emulated on the CPU, sm_80") == 2
+        assert llm.generate("What a day", params).token_ids == right
+        assert llm.counters.drafted_tokens > 0
 
 
 # ---- weights on their way
@@ -361,8 +451,8 @@ def test_progress_is_told_to_the_end(tmp_path: Path) -> None:
 
 SHOWN = """
 import time
-from llama.cli import _upload_shown
-with _upload_shown() as show:
+from llama.cli import upload_shown
+with upload_shown() as show:
     show(10, 100), time.sleep({}), show(60, 100)
 """
 
