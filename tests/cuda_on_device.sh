@@ -48,6 +48,7 @@ fi
 step bench "$folder/cuda_bench" "${small[@]}" && cat "$folder/bench.log"
 export LLAMA_LIBRARY=$PWD/$folder/libllama.so
 case $folder in /*) LLAMA_LIBRARY=$folder/libllama.so ;; esac
-step model "$python" tests/cuda_on_device.py "$folder" "${small[@]}" && cat "$folder/model.log"
+step tokens "$python" tests/cuda_on_device.py tokens "$folder" "${small[@]}"
+step times "$python" tests/cuda_on_device.py times "$folder" "${small[@]}" && cat "$folder/times.log"
 [ $failures -eq 0 ] && echo "all steps passed" || echo "$failures steps failed"
 exit $((failures > 0))
