@@ -7,7 +7,8 @@ spills; fails if a kernel of decoding spills, or if the input holds no kernels.
 import re
 import sys
 
-DECODING = ("gemv", "attend")  # the kernels that must keep everything in registers
+# the kernels that must keep everything in registers
+DECODING = ("embed", "gemv", "rope_store", "attend", "join_splits", "prepare", "swiglu", "sample")
 
 
 def main() -> int:

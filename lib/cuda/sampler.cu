@@ -195,7 +195,7 @@ __device__ int draw(const choice &c, desk *d, const kept &k) {
     return d->chosen >= 0 ? d->chosen : d->last;
 }
 
-__global__ void __launch_bounds__(THREADS) sample(choice c) {
+__global__ void __launch_bounds__(THREADS, 1) sample(choice c) {
     desk *d = shared_memory<desk>();
     if (!threadIdx.x) d->bad = 0, d->chosen = -1, d->last = 0;
     for (int i = (int)threadIdx.x; i < c.n; i += THREADS) c.work[i] = c.logits[i];
