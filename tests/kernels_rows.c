@@ -232,7 +232,7 @@ void test_rows(void) {
 // ---- attention
 
 struct shape {
-    size_t n_rows, n_queries, head_dim, n_positions; // the last: of the first row
+    size_t n_rows, n_heads, n_queries, head_dim, n_positions; // the last: of the first row
 };
 
 static size_t all_positions(struct shape s) { return s.n_positions + s.n_rows - 1; }
@@ -255,17 +255,21 @@ static void put_number(uint8_t *half, size_t i, enum hold hold, float x) {
 }
 
 /* Random pages, each ending where memory does; positions past the last hold NaN. With SPECIALS
- * one value of the last position's key, or of its value, is not finite; in q8 its scale. */
+ * one value of the last position's key, or of its value, is not finite; in q8 its scale; of each
+ * head. Before the heads stands a whole one that does not count. */
 static const uint8_t **make_pages(struct shape s, enum hold hold, int specials) {
     size_t n_positions = all_positions(s);
     size_t n_pages = (n_positions + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     size_t half = half_page(s.head_dim, hold), codes = PAGE_POSITIONS * s.head_dim;
     const uint8_t **pages = guarded(n_pages * sizeof *pages);
     for (size_t i = 0; i < n_pages; i++) {
-        uint8_t *page = guarded(2 * half);
-        pages[i] = page;
-        for (size_t p = 0; p < PAGE_POSITIONS && i * PAGE_POSITIONS + p < n_positions; p++) {
+        uint8_t *const start = guarded(2 * half * (1 + s.n_heads));
+        pages[i] = start;
+        for (size_t item = 0; item < s.n_heads * PAGE_POSITIONS; item++) {
+            const size_t p = item % PAGE_POSITIONS;
+            uint8_t *const page = start + 2 * half * (1 + item / PAGE_POSITIONS);
             const int last = i * PAGE_POSITIONS + p + 1 == n_positions;
+            if (i * PAGE_POSITIONS + p >= n_positions) continue;
             for (size_t c = 0; c < 2 * s.head_dim; c++) {
                 size_t k = (p / 16 * s.head_dim + c) * 16 + p % 16;
                 size_t v = p * s.head_dim + c - s.head_dim;
@@ -297,14 +301,16 @@ static double element(const uint8_t *at, size_t i, enum hold hold, size_t p, siz
 
 /* softmax(q k) v in double, the plain way: the number of elements that are off. */
 static size_t wrong_attention(const struct attention *a, enum hold hold) {
-    size_t wrong = 0, n = a->head_dim;
+    const size_t n = a->head_dim, heads = a->n_heads * a->n_queries, half = half_page(n, hold);
+    size_t wrong = 0;
     double s[512], out[128];
-    for (size_t j = 0; j < a->n_rows * a->n_queries; j++) {
-        const size_t row = j / a->n_queries, end = a->n_positions + row;
-        const size_t at = row * a->stride + j % a->n_queries * n;
+    for (size_t j = 0; j < a->n_rows * heads; j++) {
+        const size_t row = j / heads, end = a->n_positions + row;
+        const size_t at = row * a->stride + j % heads * n;
+        const size_t offset = 2 * half * (1 + j % heads / a->n_queries);
         double most = -INFINITY, sum = 0;
         for (size_t p = 0; p < end; p++) {
-            const uint8_t *k = a->pages[p / PAGE_POSITIONS] + a->k_offset;
+            const uint8_t *k = a->pages[p / PAGE_POSITIONS] + offset;
             size_t lane = p % PAGE_POSITIONS;
             s[p] = 0;
             for (size_t i = 0; i < n; i++)
@@ -314,7 +320,7 @@ static size_t wrong_attention(const struct attention *a, enum hold hold) {
         }
         memset(out, 0, sizeof out);
         for (size_t p = 0; p < end; p++) {
-            const uint8_t *v = a->pages[p / PAGE_POSITIONS] + a->v_offset;
+            const uint8_t *v = a->pages[p / PAGE_POSITIONS] + offset + half;
             double w = exp(s[p] - most);
             size_t lane = p % PAGE_POSITIONS;
             sum += w;
@@ -333,17 +339,19 @@ static void run_attend(const struct kernels *k, const struct attention *a, enum 
 
 static void test_attend(struct shape s, enum hold hold, int specials) {
     char what[128];
-    size_t stride = s.n_queries * s.head_dim + 3, size = s.n_rows * stride - 3;
+    size_t stride = s.n_heads * s.n_queries * s.head_dim + 3, size = s.n_rows * stride - 3;
     float *q = guarded(size * sizeof *q), *want = guarded(size * sizeof *want);
     fill(q, size, specials == 3 ? 1e30f : 1);
     const uint8_t **pages = make_pages(s, hold, specials % 3);
     struct attention a = {.q = q, .out = want, .stride = stride, .n_rows = s.n_rows,
-                          .n_queries = s.n_queries, .head_dim = s.head_dim, .pages = pages,
-                          .v_offset = half_page(s.head_dim, hold), .n_positions = s.n_positions};
+                          .n_heads = s.n_heads, .n_queries = s.n_queries, .head_dim = s.head_dim,
+                          .pages = pages, .offset = 2 * half_page(s.head_dim, hold),
+                          .n_positions = s.n_positions};
     memset(want, 0, size * sizeof *want); // between the rows
     run_attend(sets[n_sets - 1], &a, hold);
-    snprintf(what, sizeof what, "attend_%s %zu rows of %zu, head_dim %zu, %zu positions, scene %d",
-             hold_names[hold], s.n_rows, s.n_queries, s.head_dim, s.n_positions, specials);
+    snprintf(what, sizeof what, "attend_%s %zu rows of %zu x %zu, head_dim %zu, %zu positions, scene %d",
+             hold_names[hold], s.n_rows, s.n_heads, s.n_queries, s.head_dim, s.n_positions,
+             specials);
     if (!specials) {
         size_t wrong = wrong_attention(&a, hold);
         check(wrong == 0, "scalar %s: %zu off", what, wrong);
@@ -367,8 +375,10 @@ void test_attention(void) {
                 for (size_t p = 0; p < (quick < 2 ? 11 : 1); p++)
                     for (enum hold hold = HOLD_F32; hold <= HOLD_Q8; hold++)
                         for (int specials = 0; specials < (d % 2 ? 1 : 4); specials++)
-                            test_attend((struct shape){rows[r], queries[q], dims[d], positions[p]},
-                                        hold, specials);
+                            test_attend((struct shape){rows[r], 1 + (r + q + d) % 3, queries[q],
+                                                       dims[d], positions[p]}, hold, specials);
+    test_attend((struct shape){1, 1, ATTENDING, 64, 321}, HOLD_F16, 0);
+    test_attend((struct shape){2, ATTENDING / 2, 1, 8, 321}, HOLD_F16, 0);
 }
 
 /* A scale, a shift and the levels nearest to them leave no more than plain choices do. */

@@ -16,7 +16,7 @@
  * floats wait in L1. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4 };
 
-enum { VALUE_LANES = 8, VALUE_WIDTH = 2 }; // of a page, see blocks.h
+enum { VALUE_LANES = 8, VALUE_WIDTH = 2, MOST_QUERIES = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
 struct softmax {
     float m;                // the largest score so far

@@ -17,7 +17,7 @@
  * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats; or 1 by 8. */
 enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6, GROUP_ONCE = 8 };
 
-enum { VALUE_LANES = 16, VALUE_WIDTH = 4 }; // of a page, see blocks.h
+enum { VALUE_LANES = 16, VALUE_WIDTH = 4, MOST_QUERIES = 8 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
 struct softmax {
     __m512 m;               // the largest score so far, in every lane

@@ -149,8 +149,6 @@ INLINE const float *scales_of(const uint8_t *codes, size_t head_dim) {
     return (const float *)(const void *)(codes + PAGE_POSITIONS * head_dim);
 }
 
-enum { MOST_QUERIES = 4 };
-
 /* A query on its way through the pages; struct softmax is the ISA's. */
 struct query {
     const float *q;
@@ -159,15 +157,15 @@ struct query {
     struct softmax state;
 };
 
-/* One kv head's part of a page of which the first N positions count, and of the page that is
- * next, which is fetched meanwhile. */
+/* One kv head's part of a page of which the first N positions count, and the part that is next,
+ * which is fetched meanwhile. */
 struct head_page {
     const uint8_t *k, *v, *next_k, *next_v;
     size_t n, head_dim;
 };
 
 /* What the ISA supplies: the state before the first page; the weights of page P's positions for Q
- * queries, 1 to 4; its values added to dimensions [i, i + D VALUE_LANES) of their sums, SOME of the
+ * queries, up to MOST_QUERIES; its values added to dimensions [i, i + D VALUE_LANES) of their sums, SOME of the
  * last VALUE_LANES being there; out / sum of lanes. */
 INLINE void begin(struct softmax *state);
 INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
@@ -176,60 +174,63 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, si
 INLINE void finish(struct query *of, size_t head_dim);
 
 INLINE void attend_page(const struct head_page *p, struct query *of, enum store kind, const int Q) {
-    const size_t wide = (size_t)VALUE_WIDTH * VALUE_LANES;
+    const int width = Q > 4 ? VALUE_WIDTH / 2 : VALUE_WIDTH; // sums that registers have room for
+    const size_t wide = (size_t)width * VALUE_LANES;
     size_t i = 0;
     weigh_page(p, of, kind, Q);
     for (; p->head_dim - i >= wide; i += wide)
-        add_values(p, of, i, VALUE_LANES, kind, Q, VALUE_WIDTH);
+        add_values(p, of, i, VALUE_LANES, kind, Q, width);
     for (; i < p->head_dim; i += VALUE_LANES)
         add_values(p, of, i, p->head_dim - i, kind, Q, 1);
 }
 
-/* Positions [from, to) meet Q queries. */
-INLINE void attend_pages(const struct attention *a, struct query *of, size_t from, size_t to,
-                         enum store kind, const int Q) {
-    for (size_t p = from; p < to; p += PAGE_POSITIONS) {
-        const uint8_t *page = a->pages[p / PAGE_POSITIONS];
-        const int more = to - p > PAGE_POSITIONS;
-        const uint8_t *next = more ? a->pages[p / PAGE_POSITIONS + 1] : page;
-        const struct head_page at = {page + a->k_offset, page + a->v_offset, next + a->k_offset,
-                                next + a->v_offset, more ? PAGE_POSITIONS : to - p, a->head_dim};
-        attend_page(&at, of, kind, Q);
+/* N queries of a kv head meet its part of the page whose first position is START. Neighbours that
+ * see as much of it meet it together. */
+INLINE void attend_head(struct head_page page, struct query *of, size_t n, size_t start,
+                        enum store kind) {
+    for (size_t i = 0, alike; i < n; i += alike) {
+        for (alike = 1; alike < MOST_QUERIES && i + alike < n; alike++)
+            if (of[i + alike].end != of[i].end && of[i].end < start + PAGE_POSITIONS) break;
+        page.n = of[i].end - start < PAGE_POSITIONS ? of[i].end - start : PAGE_POSITIONS;
+        if (of[i].end <= start) continue; // a row before the one that opens this page
+        switch (alike) {
+        case 1: attend_page(&page, of + i, kind, alike = 1); break;
+        case 2: attend_page(&page, of + i, kind, alike = 2); break;
+        case 3: attend_page(&page, of + i, kind, alike = 3); break;
+        case 8: if (MOST_QUERIES >= 8) attend_page(&page, of + i, kind, 8); break;
+        default: attend_page(&page, of + i, kind, alike = 4); break;
+        }
+        page.next_k = page.k, page.next_v = page.v; // fetched already
     }
 }
 
-/* Queries [first, first + Q), row by row. They share the pages that all of them see whole, and a
- * last one of which they see the same part. */
-INLINE void attend_queries(const struct attention *a, size_t first, enum store kind, const int Q) {
-    struct query all[MOST_QUERIES];
-    for (int h = 0; h < Q; h++) {
-        const size_t row = (first + h) / a->n_queries, head = (first + h) % a->n_queries;
-        const size_t at = row * a->stride + head * a->head_dim;
-        all[h].q = a->q + at;
-        all[h].out = a->out + at;
-        all[h].end = a->n_positions + row;
-        memset(all[h].out, 0, a->head_dim * sizeof *all[h].out);
-        begin(&all[h].state);
-    }
-    const size_t end = all[0].end, whole = end / PAGE_POSITIONS * PAGE_POSITIONS;
-    const size_t shared = end == all[Q - 1].end ? end : whole;
-    attend_pages(a, all, 0, shared, kind, Q);
-    for (int h = 0; h < Q; h++) {
-        attend_pages(a, all + h, shared, all[h].end, kind, 1);
-        finish(all + h, a->head_dim);
-    }
-}
-
+/* Page by page, and head by head in it: that is the order in which they lie in memory. */
 INLINE void attend(const struct attention *a, enum store kind) {
-    const size_t n = a->n_rows * a->n_queries;
-    size_t first = 0;
-    for (; n - first >= 4; first += 4)
-        attend_queries(a, first, kind, 4);
-    switch (n - first) {
-    case 3: attend_queries(a, first, kind, 3); break;
-    case 2: attend_queries(a, first, kind, 2); break;
-    case 1: attend_queries(a, first, kind, 1); break;
+    const size_t each = a->n_rows * a->n_queries, d = a->head_dim;
+    const size_t half = PAGE_POSITIONS * (d * element_bytes(kind) + (kind == Q8 ? sizeof(float) : 0));
+    const size_t end = a->n_positions + a->n_rows - 1;
+    struct query all[ATTENDING];
+    for (size_t j = 0; j < a->n_heads * each; j++) {
+        const size_t row = j % each / a->n_queries, head = j / each;
+        const size_t at = row * a->stride + (head * a->n_queries + j % a->n_queries) * d;
+        all[j].q = a->q + at;
+        all[j].out = a->out + at;
+        all[j].end = a->n_positions + row;
+        memset(all[j].out, 0, d * sizeof *all[j].out);
+        begin(&all[j].state);
     }
+    for (size_t p = 0; p < end; p += PAGE_POSITIONS) {
+        const uint8_t *const *page = a->pages + p / PAGE_POSITIONS;
+        for (size_t head = 0; head < a->n_heads; head++) {
+            const uint8_t *k = *page + a->offset + 2 * half * head, *next = k + 2 * half;
+            if (head + 1 == a->n_heads)
+                next = p + PAGE_POSITIONS < end ? page[1] + a->offset : k;
+            const struct head_page part = {k, k + half, next, next + half, 0, d};
+            attend_head(part, all + head * each, each, p, kind);
+        }
+    }
+    for (size_t j = 0; j < a->n_heads * each; j++)
+        finish(all + j, d);
 }
 
 static void attend_f32(const struct attention *a) {

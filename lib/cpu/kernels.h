@@ -38,13 +38,14 @@ struct matmul {
     const int8_t *levels; // (16) of 4-bit kinds
 };
 
-/* Rows are tokens of one sequence that follow each other; of each the query heads that share one
- * kv head, against the sequence's pages. Each query is computed alone:
- * A page holds, at k_offset, keys (PAGE_POSITIONS / 16, head_dim, 16): dimension-major inside a
- * tile of 16 positions; and at v_offset, values (PAGE_POSITIONS, head_dim). In q8 either are int8
- * codes with their positions' f32 scales (PAGE_POSITIONS) behind them: k[p][i] below is then the
- * code, s[p] is multiplied by the key's scale when its sum is done, and so is w[p] by the value's
- * before it meets v[p][i], the code; the sum of weights takes w[p] as it was.
+/* Rows are tokens of one sequence that follow each other; of each the query heads of kv heads that
+ * follow each other, against the sequence's pages. Each query is computed alone:
+ * A page holds, from offset on, for each kv head its keys (PAGE_POSITIONS / 16, head_dim, 16):
+ * dimension-major inside a tile of 16 positions, so that one load feeds 16 scores; and then its
+ * values (PAGE_POSITIONS, head_dim). In q8 either are int8 codes with their positions' f32 scales
+ * (PAGE_POSITIONS) behind them: k[p][i] below is then the code, s[p] is multiplied by the key's
+ * scale when its sum is done, and so is w[p] by the value's before it meets v[p][i], the code; the
+ * sum of weights takes w[p] as it was.
  * Per page, in rising order: s[p] = fma(q[i], k[p][i], s[p]) in rising i from 0; m' = max(m, all
  * s of the page); scale = exp(m - m'); w[p] = exp(s[p] - m'); the weights sum "in lanes" that
  * are scaled too: lane = lane * scale, then + w[p]; out[i] = out[i] * scale, then
@@ -52,14 +53,16 @@ struct matmul {
  * m starts at -infinity, and while it is so scale is 0; exp is exp_f32 below. A score that is NaN
  * makes all of out NaN. What stands at positions from n_positions on does not matter. */
 struct attention {
-    const float *q;           // rows of (n_queries, head_dim), scaled by 1 / sqrt(head_dim)
-    float *out;               // rows of (n_queries, head_dim)
+    const float *q;           // rows of (n_heads, n_queries, head_dim), scaled by 1/sqrt(head_dim)
+    float *out;               // the same shape
     size_t stride;            // floats from row to row of both
-    size_t n_rows, n_queries, head_dim;
+    size_t n_rows, n_heads, n_queries, head_dim; // the first three: at most ATTENDING in all
     const uint8_t *const *pages;
-    size_t k_offset, v_offset; // bytes from a page's start, for this layer and kv head
-    size_t n_positions;        // row r attends to positions 0..n_positions + r - 1; >= 1
+    size_t offset;            // bytes from a page's start to the first kv head's keys
+    size_t n_positions;       // row r attends to positions 0..n_positions + r - 1; >= 1
 };
+
+enum { ATTENDING = 64 };      // queries that go through the pages together
 
 struct kernels {
     const char *isa;

@@ -11,13 +11,12 @@ enum { CHUNK = 64 }; // dimensions of a key rounded at once
 void kv_lay_out(struct kv *kv) {
     kv->element_bytes = kv->kind == LLAMA_F32 ? 4 : kv->kind == LLAMA_F16 ? 2 : 1;
     kv->scale_bytes = kv->kind == LLAMA_Q8 ? 4 : 0;
-    kv->key_bytes = kv->n_kv_heads * PAGE_POSITIONS *
-                    (kv->head_dim * kv->element_bytes + kv->scale_bytes);
-    kv->page_bytes = 2 * kv->n_layers * kv->key_bytes;
+    kv->key_bytes = PAGE_POSITIONS * (kv->head_dim * kv->element_bytes + kv->scale_bytes);
+    kv->page_bytes = 2 * kv->n_layers * kv->n_kv_heads * kv->key_bytes;
 }
 
 size_t kv_offset(const struct kv *kv, size_t layer, size_t kv_head) {
-    return 2 * layer * kv->key_bytes + kv_head * (kv->key_bytes / kv->n_kv_heads);
+    return 2 * (layer * kv->n_kv_heads + kv_head) * kv->key_bytes;
 }
 
 /* The element of dimension 0 of SLOT's key; the others follow TILE_ROWS elements apart. */

@@ -1,9 +1,6 @@
 /* pages.h: what stands in a KV page on the CPU, and the ways in and out.
  *
- * A page is, for each layer, the keys of its kv heads, then their values. A head's keys are
- * (PAGE_POSITIONS / 16, head_dim, 16), dimension-major inside a tile of 16 positions, so that
- * one load feeds 16 scores; its values are (PAGE_POSITIONS, head_dim). In q8 both are codes, with
- * the positions' scales, f32 (PAGE_POSITIONS), behind. */
+ * A page is, for each layer and kv head, keys and then values: kernels.h, struct attention. */
 #ifndef PAGES_H
 #define PAGES_H
 #include "kernels.h"
@@ -14,13 +11,13 @@ struct kv {
     uint32_t kind;         // LLAMA_F32, LLAMA_F16 or LLAMA_Q8
     size_t n_layers, n_kv_heads, head_dim;
     size_t element_bytes, scale_bytes; // a position's of one head
-    size_t key_bytes;      // one layer's keys; its values take as much and follow them
+    size_t key_bytes;      // a head's keys; its values take as much and follow them
     size_t page_bytes;
 };
 
 /* KERNELS and the shape are set; fills in the rest. */
 void kv_lay_out(struct kv *kv);
-/* Where a kv head's keys of a layer stand in a page; its values lie key_bytes further on. */
+/* Where a kv head's keys of a layer stand in a page. */
 size_t kv_offset(const struct kv *kv, size_t layer, size_t kv_head);
 /* k, v (head_dim) become SLOT of the head whose keys are at KEYS. */
 void kv_store(const struct kv *kv, uint8_t *keys, size_t slot, const float *k, const float *v);

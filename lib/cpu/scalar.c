@@ -252,17 +252,20 @@ static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size
     }
 }
 
-static void attend(const struct attention *a, load *element, int scaled) {
-    for (size_t j = 0; j < a->n_rows * a->n_queries; j++) {
-        const size_t row = j / a->n_queries, end = a->n_positions + row;
-        const size_t at = row * a->stride + j % a->n_queries * a->head_dim;
+static void attend(const struct attention *a, load *element, size_t element_bytes, int scaled) {
+    const size_t heads = a->n_heads * a->n_queries;
+    const size_t half = PAGE_POSITIONS * (a->head_dim * element_bytes + (scaled ? sizeof(float) : 0));
+    for (size_t j = 0; j < a->n_rows * heads; j++) {
+        const size_t row = j / heads, end = a->n_positions + row;
+        const size_t at = row * a->stride + j % heads * a->head_dim;
+        const size_t offset = a->offset + 2 * half * (j % heads / a->n_queries);
         float *out = a->out + at, m = -INFINITY, lanes[16] = {0};
         memset(out, 0, a->head_dim * sizeof *out);
         for (size_t p = 0; p < end; p += PAGE_POSITIONS) {
-            const uint8_t *page = a->pages[p / PAGE_POSITIONS];
+            const uint8_t *keys = a->pages[p / PAGE_POSITIONS] + offset;
             size_t n = end - p < PAGE_POSITIONS ? end - p : PAGE_POSITIONS;
-            attend_page(a->q + at, page + a->k_offset, page + a->v_offset, n, a->head_dim, element,
-                        scaled, &m, lanes, out);
+            attend_page(a->q + at, keys, keys + half, n, a->head_dim, element, scaled, &m, lanes,
+                        out);
         }
         float sum = add_lanes(lanes);
         for (size_t i = 0; i < a->head_dim; i++)
@@ -271,15 +274,15 @@ static void attend(const struct attention *a, load *element, int scaled) {
 }
 
 static void attend_f32(const struct attention *a) {
-    attend(a, load_f32, 0);
+    attend(a, load_f32, 4, 0);
 }
 
 static void attend_f16(const struct attention *a) {
-    attend(a, load_f16, 0);
+    attend(a, load_f16, 2, 0);
 }
 
 static void attend_q8(const struct attention *a) {
-    attend(a, load_i8, 1);
+    attend(a, load_i8, 1, 1);
 }
 
 void kernels_scalar(struct kernels *k) {
