@@ -38,8 +38,8 @@ static void attend_range(void *context, size_t first, size_t last) {
     const struct work *w = context;
     const size_t n = w->of->kv->n_kv_heads, parts = (n + w->heads - 1) / w->heads;
     for (size_t item = first; item < last; item++) {
-        const size_t head = item % parts * w->heads;
-        attend_heads(w->of, &w->list[item / parts], head, n - head < w->heads ? n - head : w->heads);
+        const size_t head = item % parts * w->heads, left = n - head;
+        attend_heads(w->of, &w->list[item / parts], head, left < w->heads ? left : w->heads);
     }
 }
 
@@ -49,7 +49,7 @@ static int follows(const struct attending *z, size_t i) {
 
 /* Stretches are short enough, and heads few enough, to leave work for all threads. */
 void attend_rows(const struct attending *z, struct pool *pool) {
-    enum { MOST_ROWS = 4, ITEMS = 8 }; // of each thread
+    enum { MOST_ROWS = 4, ITEMS = 4 }; // of each thread
     const size_t heads = z->kv->n_kv_heads, items = ITEMS * (size_t)pool_threads(pool);
     const size_t most = z->n * heads >= MOST_ROWS * items ? MOST_ROWS : 1;
     const size_t group = z->n_heads / heads, wide = ATTENDING / (most * group);

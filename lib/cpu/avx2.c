@@ -409,18 +409,21 @@ INLINE void score_page(const struct head_page *p, struct query *of, enum store k
 /* A page's scores turned into weights, zero from N on; in q8 times the values' scales. */
 INLINE void weigh(struct softmax *state, const struct head_page *p, enum store kind) {
     const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
-    float before = state->m;
-    __m256 most = broadcast(before), valid[HALVES];
+    const __m256 before = broadcast(state->m);
+    __m256 most = before, valid[HALVES];
     UNROLL for (int i = 0; i < HALVES; i++) {
         valid[i] = _mm256_cmp_ps(lane, broadcast((float)p->n - 8.f * (float)i), _CMP_LT_OQ);
         __m256 s = _mm256_loadu_ps(state->w + 8 * i);
         most = _mm256_max_ps(_mm256_blendv_ps(most, s, valid[i]), most);
     }
-    state->m = max_lane(most);
-    __m256 m = broadcast(state->m);
-    state->scale = exp8(_mm256_sub_ps(broadcast(before), m)); // 0 while before is -infinity
-    for (int i = 0; i < 2; i++)
-        state->lanes[i] = _mm256_mul_ps(state->lanes[i], state->scale);
+    state->scale = broadcast(1);
+    if (_mm256_movemask_ps(_mm256_cmp_ps(most, before, _CMP_GT_OQ))) { // as on few pages
+        state->m = max_lane(most);
+        state->scale = exp8(_mm256_sub_ps(before, broadcast(state->m))); // 0 after -infinity
+        for (int i = 0; i < 2; i++)
+            state->lanes[i] = _mm256_mul_ps(state->lanes[i], state->scale);
+    }
+    const __m256 m = broadcast(state->m);
     for (int i = 0; i < HALVES; i++) {
         __m256 w = exp8(_mm256_sub_ps(_mm256_loadu_ps(state->w + 8 * i), m));
         w = _mm256_and_ps(w, valid[i]);

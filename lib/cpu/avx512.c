@@ -314,18 +314,21 @@ INLINE void begin(struct softmax *state) {
 /* A page's scores turned into weights, zero from N on; in q8 times the values' scales. */
 INLINE void weigh(struct softmax *state, const __m512 *s, const struct head_page *p,
                   enum store kind) {
-    __m512 m = state->m;
+    const __m512 before = state->m;
+    __m512 most = before;
     __mmask16 mask[TILES];
     UNROLL for (int j = 0; j < TILES; j++) {
         mask[j] = p->n > (size_t)(16 * j) ? lanes_below(p->n - 16 * j) : 0;
-        m = _mm512_mask_max_ps(m, mask[j], s[j], m);
+        most = _mm512_mask_max_ps(most, mask[j], s[j], most);
     }
-    m = _mm512_set1_ps(_mm512_reduce_max_ps(m));
-    state->scale = exp16(_mm512_sub_ps(state->m, m)); // 0 while before is -infinity
-    state->m = m;
-    state->lanes = _mm512_mul_ps(state->lanes, state->scale);
+    state->scale = _mm512_set1_ps(1);
+    if (_mm512_cmp_ps_mask(most, before, _CMP_GT_OQ)) { // as on few pages
+        state->m = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        state->scale = exp16(_mm512_sub_ps(before, state->m)); // 0 after -infinity
+        state->lanes = _mm512_mul_ps(state->lanes, state->scale);
+    }
     UNROLL for (int j = 0; j < TILES; j++) {
-        __m512 w = _mm512_maskz_mov_ps(mask[j], exp16(_mm512_sub_ps(s[j], m)));
+        __m512 w = _mm512_maskz_mov_ps(mask[j], exp16(_mm512_sub_ps(s[j], state->m)));
         state->lanes = _mm512_add_ps(state->lanes, w);
         if (kind == Q8)
             w = _mm512_mul_ps(w, load16(scales_of(p->v, p->head_dim), 16 * j, F32, ALL));

@@ -165,8 +165,8 @@ struct head_page {
 };
 
 /* What the ISA supplies: the state before the first page; the weights of page P's positions for Q
- * queries, up to MOST_QUERIES; its values added to dimensions [i, i + D VALUE_LANES) of their sums, SOME of the
- * last VALUE_LANES being there; out / sum of lanes. */
+ * queries, up to MOST_QUERIES; its values added to dimensions [i, i + D VALUE_LANES) of their
+ * sums, SOME of the last VALUE_LANES being there; out / sum of lanes. */
 INLINE void begin(struct softmax *state);
 INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
 INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
@@ -184,21 +184,29 @@ INLINE void attend_page(const struct head_page *p, struct query *of, enum store 
         add_values(p, of, i, p->head_dim - i, kind, Q, 1);
 }
 
-/* N queries of a kv head meet its part of the page whose first position is START. Neighbours that
- * see as much of it meet it together. */
+/* How many positions of the page that begins at START a query attends to. */
+INLINE size_t seen(const struct query *of, size_t start) {
+    if (of->end <= start) return 0; // of a row before the one that opened the page
+    return of->end - start < PAGE_POSITIONS ? of->end - start : PAGE_POSITIONS;
+}
+
+/* N queries of a kv head meet its part of the page that begins at START; neighbours that see as
+ * much of it, together. */
 INLINE void attend_head(struct head_page page, struct query *of, size_t n, size_t start,
                         enum store kind) {
     for (size_t i = 0, alike; i < n; i += alike) {
-        for (alike = 1; alike < MOST_QUERIES && i + alike < n; alike++)
-            if (of[i + alike].end != of[i].end && of[i].end < start + PAGE_POSITIONS) break;
-        page.n = of[i].end - start < PAGE_POSITIONS ? of[i].end - start : PAGE_POSITIONS;
-        if (of[i].end <= start) continue; // a row before the one that opens this page
+        page.n = seen(of + i, start);
+        const size_t most = n - i < MOST_QUERIES ? n - i : MOST_QUERIES;
+        for (alike = page.n < PAGE_POSITIONS ? 1 : most; alike < most; alike++)
+            if (seen(of + i + alike, start) != page.n) break;
+        if (page.n == 0) continue;
+        if (alike > 4 && alike < 8) alike = 4;
         switch (alike) {
-        case 1: attend_page(&page, of + i, kind, alike = 1); break;
-        case 2: attend_page(&page, of + i, kind, alike = 2); break;
-        case 3: attend_page(&page, of + i, kind, alike = 3); break;
+        case 1: attend_page(&page, of + i, kind, 1); break;
+        case 2: attend_page(&page, of + i, kind, 2); break;
+        case 3: attend_page(&page, of + i, kind, 3); break;
+        case 4: attend_page(&page, of + i, kind, 4); break;
         case 8: if (MOST_QUERIES >= 8) attend_page(&page, of + i, kind, 8); break;
-        default: attend_page(&page, of + i, kind, alike = 4); break;
         }
         page.next_k = page.k, page.next_v = page.v; // fetched already
     }
@@ -207,7 +215,8 @@ INLINE void attend_head(struct head_page page, struct query *of, size_t n, size_
 /* Page by page, and head by head in it: that is the order in which they lie in memory. */
 INLINE void attend(const struct attention *a, enum store kind) {
     const size_t each = a->n_rows * a->n_queries, d = a->head_dim;
-    const size_t half = PAGE_POSITIONS * (d * element_bytes(kind) + (kind == Q8 ? sizeof(float) : 0));
+    const size_t scale_bytes = kind == Q8 ? sizeof(float) : 0;
+    const size_t half = PAGE_POSITIONS * (d * element_bytes(kind) + scale_bytes);
     const size_t end = a->n_positions + a->n_rows - 1;
     struct query all[ATTENDING];
     for (size_t j = 0; j < a->n_heads * each; j++) {

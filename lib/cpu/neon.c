@@ -399,10 +399,13 @@ INLINE void weigh(struct softmax *state, const struct head_page *p, enum store k
     }
     state->m = vmaxvq_f32(most);
     const float32x4_t m = broadcast(state->m);
-    const float32x4_t scale = exp4(vsubq_f32(broadcast(before), m)); // 0 while before is -infinity
-    state->scale = vgetq_lane_f32(scale, 0);
-    for (int i = 0; i < 4; i++)
-        state->lanes[i] = vmulq_f32(state->lanes[i], scale);
+    state->scale = 1;
+    if (!(state->m <= before)) { // as on few pages
+        const float32x4_t scale = exp4(vsubq_f32(broadcast(before), m)); // 0 after -infinity
+        state->scale = vgetq_lane_f32(scale, 0);
+        for (int i = 0; i < 4; i++)
+            state->lanes[i] = vmulq_f32(state->lanes[i], scale);
+    }
     for (int i = 0; i < QUARTERS; i++) {
         float32x4_t w = exp4(vsubq_f32(vld1q_f32(state->w + 4 * i), m));
         w = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(w), valid[i]));

@@ -254,7 +254,8 @@ static void attend_page(const float *q, const uint8_t *k, const uint8_t *v, size
 
 static void attend(const struct attention *a, load *element, size_t element_bytes, int scaled) {
     const size_t heads = a->n_heads * a->n_queries;
-    const size_t half = PAGE_POSITIONS * (a->head_dim * element_bytes + (scaled ? sizeof(float) : 0));
+    const size_t scale_bytes = scaled ? sizeof(float) : 0;
+    const size_t half = PAGE_POSITIONS * (a->head_dim * element_bytes + scale_bytes);
     for (size_t j = 0; j < a->n_rows * heads; j++) {
         const size_t row = j / heads, end = a->n_positions + row;
         const size_t at = row * a->stride + j % heads * a->head_dim;
