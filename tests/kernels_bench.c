@@ -154,7 +154,8 @@ static void run_row(void *context, size_t part, size_t parts) {
     const struct kernels *k = j->k;
     struct attention a = {.q = j->q, .out = j->out, .n_rows = 1,
                           .n_heads = 1, .n_queries = (size_t)j->n_queries,
-                          .head_dim = HEAD_DIM, .pages = j->pages, .n_positions = POSITIONS};
+                          .head_dim = HEAD_DIM, .pages = j->pages, .n_positions = POSITIONS,
+                          .most_positions = POSITIONS};
     (void)part, (void)parts;
     for (int i = 0; i < 20; i++)
         switch (j->entry) {

@@ -232,7 +232,8 @@ void test_rows(void) {
 // ---- attention
 
 struct shape {
-    size_t n_rows, n_heads, n_queries, head_dim, n_positions; // the last: of the first row
+    size_t n_rows, n_heads, n_queries, head_dim;
+    size_t n_positions, most; // of the first row; of any
 };
 
 static size_t all_positions(struct shape s) { return s.n_positions + s.n_rows - 1; }
@@ -299,14 +300,16 @@ static double element(const uint8_t *at, size_t i, enum hold hold, size_t p, siz
     return hold == HOLD_F32 ? x : (double)x * (int8_t)at[i];
 }
 
-/* softmax(q k) v in double, the plain way: the number of elements that are off. */
+/* softmax(q k) v in double, the plain way, and the marks: the number of elements that are off. */
 static size_t wrong_attention(const struct attention *a, enum hold hold) {
     const size_t n = a->head_dim, heads = a->n_heads * a->n_queries, half = half_page(n, hold);
     size_t wrong = 0;
     double s[512], out[128];
     for (size_t j = 0; j < a->n_rows * heads; j++) {
-        const size_t row = j / heads, end = a->n_positions + row;
+        const size_t row = j / heads, all = a->n_positions + row;
+        const size_t end = all < a->most_positions ? all : a->most_positions;
         const size_t at = row * a->stride + j % heads * n;
+        const struct mark *mark = a->marks + row * a->mark_stride + j % heads;
         const size_t offset = 2 * half * (1 + j % heads / a->n_queries);
         double most = -INFINITY, sum = 0;
         for (size_t p = 0; p < end; p++) {
@@ -329,6 +332,7 @@ static size_t wrong_attention(const struct attention *a, enum hold hold) {
         }
         for (size_t i = 0; i < n; i++)
             wrong += !near(out[i] / sum, a->out[at + i], 3e-5); // 1.2e-5 seen at head_dim 128
+        wrong += !near(most, mark->m, 3e-5) + !near(sum, mark->sum, 3e-5);
     }
     return wrong;
 }
@@ -346,8 +350,12 @@ static void test_attend(struct shape s, enum hold hold, int specials) {
     struct attention a = {.q = q, .out = want, .stride = stride, .n_rows = s.n_rows,
                           .n_heads = s.n_heads, .n_queries = s.n_queries, .head_dim = s.head_dim,
                           .pages = pages, .offset = 2 * half_page(s.head_dim, hold),
-                          .n_positions = s.n_positions};
+                          .n_positions = s.n_positions, .most_positions = s.most,
+                          .mark_stride = s.n_heads * s.n_queries + 1};
     memset(want, 0, size * sizeof *want); // between the rows
+    const size_t n_marks = s.n_rows * a.mark_stride;
+    struct mark *const marks = a.marks = guarded(n_marks * sizeof *marks);
+    memset(marks, 0, n_marks * sizeof *marks);
     run_attend(sets[n_sets - 1], &a, hold);
     snprintf(what, sizeof what, "attend_%s %zu rows of %zu x %zu, head_dim %zu, %zu positions, scene %d",
              hold_names[hold], s.n_rows, s.n_heads, s.n_queries, s.head_dim, s.n_positions,
@@ -359,8 +367,11 @@ static void test_attend(struct shape s, enum hold hold, int specials) {
     for (size_t i = 0; i + 1 < n_sets; i++) {
         a.out = guarded(size * sizeof *a.out);
         memset(a.out, 0, size * sizeof *a.out);
+        a.marks = guarded(n_marks * sizeof *marks);
+        memset(a.marks, 0, n_marks * sizeof *marks);
         run_attend(sets[i], &a, hold);
         same(sets[i]->isa, what, want, a.out, size);
+        same(sets[i]->isa, what, &marks->m, &a.marks->m, 2 * n_marks);
     }
     release_all();
 }
@@ -376,9 +387,11 @@ void test_attention(void) {
                     for (enum hold hold = HOLD_F32; hold <= HOLD_Q8; hold++)
                         for (int specials = 0; specials < (d % 2 ? 1 : 4); specials++)
                             test_attend((struct shape){rows[r], 1 + (r + q + d) % 3, queries[q],
-                                                       dims[d], positions[p]}, hold, specials);
-    test_attend((struct shape){1, 1, ATTENDING, 64, 321}, HOLD_F16, 0);
-    test_attend((struct shape){2, ATTENDING / 2, 1, 8, 321}, HOLD_F16, 0);
+                                                       dims[d], positions[p],
+                                                       specials == 1 ? 32 : 512}, hold, specials);
+    test_attend((struct shape){1, 1, ATTENDING, 64, 321, 512}, HOLD_F16, 0);
+    test_attend((struct shape){2, ATTENDING / 2, 1, 8, 321, 320}, HOLD_F16, 0);
+    test_attend((struct shape){4, 2, 3, 80, 62, 64}, HOLD_Q8, 0); // two rows see all of 64
 }
 
 /* A scale, a shift and the levels nearest to them leave no more than plain choices do. */

@@ -125,6 +125,26 @@ def test_a_prompt_longer_than_the_scratch(bench: Bench) -> None:
     assert np.array_equal(got, bench.alone(tokens)[want])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_positions_in_pieces(bench: Bench, threads: int) -> None:
+    """Attention shares out pieces of 512 positions when rows are few, and not in a prompt."""
+    tokens = tokens_of(1, 1300)
+    places = [511, 512, 513, 1023, 1024, 1299]
+    with Engine(bench.path, threads=threads, **bench.options) as engine:
+        feed(engine, 0, tokens)
+        for i, at in enumerate(places):
+            engine.fork(0, i + 1, at)
+        n = len(places)
+        for rows in [[i] for i in range(n)], [list(range(n))]:
+            for row in rows:
+                positions = [places[i] for i in row]
+                got = engine.forward([tokens[p] for p in positions], [i + 1 for i in row],
+                                     positions, [True] * len(row))  # fmt: skip
+                assert np.array_equal(got, bench.alone(tokens)[positions])
+                for i in row:
+                    engine.trim(i + 1, places[i])
+
+
 @slow
 @given(want=st.lists(st.booleans(), min_size=1, max_size=80))
 def test_any_rows_may_want_logits(bench: Bench, want: list[bool]) -> None:

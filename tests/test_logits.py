@@ -7,6 +7,7 @@ are the largest |a - b| as a share of the largest |b|.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,17 @@ SHAPES: dict[str, Config] = {
     "biases": small_models.config(
         **ODD, n_heads=4, n_kv_heads=2, head_dim=10, attention_bias=True, mlp_bias=True,
     ),
+    "long": small_models.config(
+        vocab_size=40, dim=24, hidden_dim=30, n_heads=3, n_kv_heads=1, head_dim=8, max_seq_len=1160,
+    ),
 }  # fmt: skip
-LENGTH = 140  # four KV pages and a part, and more than one tile in each
 
 
 def tokens_for(shape: Config) -> list[int]:
-    return np.random.default_rng(1).integers(0, shape.vocab_size, LENGTH).tolist()  # type: ignore[no-any-return]
+    """Of 160 positions four KV pages and a part, and more than one tile in each; of 1,160 two
+    whole pieces of attention (lib/cpu/attention.h) and a part."""
+    n = shape.max_seq_len - 20
+    return np.random.default_rng(1).integers(0, shape.vocab_size, n).tolist()  # type: ignore[no-any-return]
 
 
 def run(engine: Engine, tokens: list[int], cuts: list[int]) -> F32:
@@ -107,15 +113,16 @@ def test_f32_is_transformers(made: Made) -> None:
         assert engine.info().kv_kind == "f32"
         whole = run(engine, made.tokens, [])
         assert far(whole, made.logits) <= 1e-4
-        assert far(run(engine, made.tokens, list(range(1, LENGTH))), made.logits) <= 1e-4
-        assert far(run(engine, made.tokens, [1, 4, 31, 33, 97]), made.logits) <= 1e-4
+        assert far(run(engine, made.tokens, list(range(1, len(made.tokens)))), made.logits) <= 1e-4
+        assert far(run(engine, made.tokens, [1, 4, 31, 33, 97, 139]), made.logits) <= 1e-4
 
 
 def test_model_py_is_transformers(made: Made) -> None:
     model = Transformer(made.path)
     assert far(model.forward(made.tokens).numpy(), made.logits) <= 1e-4
     cache = Cache(model.config.n_layers)
-    parts = [model.forward(made.tokens[a:b], cache) for a, b in ((0, 50), (50, 51), (51, LENGTH))]
+    ends = (0, 50, 51, len(made.tokens))
+    parts = [model.forward(made.tokens[a:b], cache) for a, b in itertools.pairwise(ends)]
     assert far(torch.cat(parts).numpy(), made.logits) <= 1e-4
 
 
@@ -249,7 +256,7 @@ BOUND_16, BOUND_8, BOUND_ROUNDED, BOUND_NO_FLIP = 1e-3, 8e-2, 3e-2, 4e-5
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "one head"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("one head", "long")])
 def test_quantised(tmp_path: Path, name: str, kind: Kind) -> None:
     path = small_models.of_kind(tmp_path, SHAPES[name], kind)
     tokens = tokens_for(SHAPES[name])
@@ -275,7 +282,7 @@ def test_quantised(tmp_path: Path, name: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-@pytest.mark.parametrize("name", ["mha", "gqa", "even", "one head", "wide heads", "biases"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "even", "one head", "wide heads", "biases", "long"])
 def test_every_isa_is_scalar_to_the_last_bit(tmp_path: Path, name: str, kind: Kind) -> None:
     path = small_models.of_kind(tmp_path, SHAPES[name], kind)
     tokens = tokens_for(SHAPES[name])

@@ -462,7 +462,9 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, si
 }
 
 INLINE void finish(struct query *of, size_t head_dim) {
-    __m256 sum = broadcast(add_lanes(of->state.lanes[0], of->state.lanes[1]));
+    const struct mark mark = {of->state.m, add_lanes(of->state.lanes[0], of->state.lanes[1])};
+    const __m256 sum = broadcast(mark.sum);
+    if (of->mark) *of->mark = mark;
     for (size_t i = 0; i < head_dim; i += 8) {
         __m256 value = load_some(of->out, i, F32, left(head_dim, i));
         store_some(of->out + i, _mm256_div_ps(value, sum), left(head_dim, i));

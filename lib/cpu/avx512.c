@@ -383,7 +383,9 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, si
 }
 
 INLINE void finish(struct query *of, size_t head_dim) {
-    const __m512 sum = _mm512_set1_ps(add_lanes(of->state.lanes));
+    const struct mark mark = {_mm512_cvtss_f32(of->state.m), add_lanes(of->state.lanes)};
+    const __m512 sum = _mm512_set1_ps(mark.sum);
+    if (of->mark) *of->mark = mark;
     for (size_t i = 0; i < head_dim; i += 16) {
         const __mmask16 mask = lanes_below(head_dim - i);
         _mm512_mask_storeu_ps(of->out + i, mask, _mm512_div_ps(load16(of->out, i, F32, mask), sum));

@@ -153,6 +153,7 @@ INLINE const float *scales_of(const uint8_t *codes, size_t head_dim) {
 struct query {
     const float *q;
     float *out;
+    struct mark *mark;      // or NULL
     size_t end;             // attends to positions [0, end)
     struct softmax state;
 };
@@ -166,7 +167,7 @@ struct head_page {
 
 /* What the ISA supplies: the state before the first page; the weights of page P's positions for Q
  * queries, up to MOST_QUERIES; its values added to dimensions [i, i + D VALUE_LANES) of their
- * sums, SOME of the last VALUE_LANES being there; out / sum of lanes. */
+ * sums, SOME of the last VALUE_LANES being there; out / sum of lanes, and the mark. */
 INLINE void begin(struct softmax *state);
 INLINE void weigh_page(const struct head_page *p, struct query *of, enum store kind, const int Q);
 INLINE void add_values(const struct head_page *p, struct query *of, size_t i, size_t some,
@@ -217,14 +218,17 @@ INLINE void attend(const struct attention *a, enum store kind) {
     const size_t each = a->n_rows * a->n_queries, d = a->head_dim;
     const size_t scale_bytes = kind == Q8 ? sizeof(float) : 0;
     const size_t half = PAGE_POSITIONS * (d * element_bytes(kind) + scale_bytes);
-    const size_t end = a->n_positions + a->n_rows - 1;
+    const size_t last = a->n_positions + a->n_rows - 1;
+    const size_t end = last < a->most_positions ? last : a->most_positions;
     struct query all[ATTENDING];
     for (size_t j = 0; j < a->n_heads * each; j++) {
-        const size_t row = j % each / a->n_queries, head = j / each;
-        const size_t at = row * a->stride + (head * a->n_queries + j % a->n_queries) * d;
+        const size_t row = j % each / a->n_queries;
+        const size_t head = j / each * a->n_queries + j % a->n_queries;
+        const size_t at = row * a->stride + head * d;
         all[j].q = a->q + at;
         all[j].out = a->out + at;
-        all[j].end = a->n_positions + row;
+        all[j].mark = a->marks ? a->marks + row * a->mark_stride + head : NULL;
+        all[j].end = a->n_positions + row < end ? a->n_positions + row : end;
         memset(all[j].out, 0, d * sizeof *all[j].out);
         begin(&all[j].state);
     }

@@ -39,6 +39,8 @@ struct cpu {
     float *q;               // (rows, heads)
     float *k, *v;           // (rows, kv_heads)
     float *attended;        // (rows, heads)
+    float *pieces;          // (rows, heads) and marks of more positions: attention.h
+    struct mark *marks;     // (2 rows, n_heads)
     float *gate, *up;       // (rows, hidden)
     float *y;               // (rows, dim) what output and down add to the stream
     float *cos, *sin;       // (rows, head_dim / 2)
@@ -157,6 +159,7 @@ static void attend(struct part *p) {
     const struct attending z = {
         .kv = &c->kv, .layer = p->layer_index, .n_heads = c->model->config.n_heads, .n = p->n,
         .of = p->of, .positions = p->positions, .q = c->q, .out = c->attended, .stride = c->heads,
+        .room = c->rows, .pieces = c->pieces, .marks = c->marks,
     };
     attend_rows(&z, c->pool);
 }
@@ -431,6 +434,8 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
         {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->outputs * 4},
         {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
+        {&c->pieces, r * c->heads * 4},
+        {&c->marks, 2 * r * c->model->config.n_heads * sizeof *c->marks},
         {&c->by.codes, codes * widest},
         {&c->by.scales, codes * widest / GROUP * 4},
         {&c->by.sums, codes * widest / GROUP * 4},

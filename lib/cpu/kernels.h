@@ -52,6 +52,8 @@ struct matmul {
  * out[i] = fma(w[p], v[p][i], out[i]) in rising p. Last, out[i] / sum of lanes.
  * m starts at -infinity, and while it is so scale is 0; exp is exp_f32 below. A score that is NaN
  * makes all of out NaN. What stands at positions from n_positions on does not matter. */
+struct mark { float m, sum; }; // the largest score, and the sum of lanes
+
 struct attention {
     const float *q;           // rows of (n_heads, n_queries, head_dim), scaled by 1/sqrt(head_dim)
     float *out;               // the same shape
@@ -60,6 +62,9 @@ struct attention {
     const uint8_t *const *pages;
     size_t offset;            // bytes from a page's start to the first kv head's keys
     size_t n_positions;       // row r attends to positions 0..n_positions + r - 1; >= 1
+    size_t most_positions;    // but to no more than so many, whole pages
+    struct mark *marks;       // rows of (n_heads, n_queries), mark_stride apart; or NULL
+    size_t mark_stride;
 };
 
 enum { ATTENDING = 64 };      // queries that go through the pages together

@@ -442,7 +442,9 @@ INLINE void add_values(const struct head_page *p, struct query *of, size_t i, si
 }
 
 INLINE void finish(struct query *of, size_t head_dim) {
-    const float32x4_t sum = broadcast(add_lanes(of->state.lanes));
+    const struct mark mark = {of->state.m, add_lanes(of->state.lanes)};
+    const float32x4_t sum = broadcast(mark.sum);
+    if (of->mark) *of->mark = mark;
     for (size_t i = 0; i < head_dim; i += 4) {
         const float32x4_t value = load_some(of->out, i, F32, left(head_dim, i));
         store_some(of->out + i, vdivq_f32(value, sum), left(head_dim, i));

@@ -257,7 +257,8 @@ static void attend(const struct attention *a, load *element, size_t element_byte
     const size_t scale_bytes = scaled ? sizeof(float) : 0;
     const size_t half = PAGE_POSITIONS * (a->head_dim * element_bytes + scale_bytes);
     for (size_t j = 0; j < a->n_rows * heads; j++) {
-        const size_t row = j / heads, end = a->n_positions + row;
+        const size_t row = j / heads, all = a->n_positions + row;
+        const size_t end = all < a->most_positions ? all : a->most_positions;
         const size_t at = row * a->stride + j % heads * a->head_dim;
         const size_t offset = a->offset + 2 * half * (j % heads / a->n_queries);
         float *out = a->out + at, m = -INFINITY, lanes[16] = {0};
@@ -268,7 +269,8 @@ static void attend(const struct attention *a, load *element, size_t element_byte
             attend_page(a->q + at, keys, keys + half, n, a->head_dim, element, scaled, &m, lanes,
                         out);
         }
-        float sum = add_lanes(lanes);
+        const float sum = add_lanes(lanes);
+        if (a->marks) a->marks[row * a->mark_stride + j % heads] = (struct mark){m, sum};
         for (size_t i = 0; i < a->head_dim; i++)
             out[i] /= sum;
     }
