@@ -1,5 +1,6 @@
 """What tests have CMake build besides the library."""
 
+import fcntl
 import subprocess
 from pathlib import Path
 
@@ -7,11 +8,14 @@ from llama import _lib
 
 
 def build(*targets: str, folder: Path = _lib.BUILD, options: tuple[str, ...] = ()) -> Path:
-    """FOLDER, where CMake has built TARGETS with OPTIONS."""
-    for command in (
-        ["-S", str(_lib.ROOT), "-B", str(folder), *options],
-        ["--build", str(folder), "--parallel", "2", "--target", *targets],
-    ):
-        done = subprocess.run([_lib.find_cmake(), *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    """FOLDER, where CMake has built TARGETS with OPTIONS; one process at a time builds in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["-S", str(_lib.ROOT), "-B", str(folder), *options],
+            ["--build", str(folder), "--parallel", "2", "--target", *targets],
+        ):
+            done = subprocess.run([_lib.find_cmake(), *command], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder

@@ -115,7 +115,7 @@ SHAPES = {
 CASES = [
     *(("plain", kind, "f32") for kind in Kind),
     *((name, Kind.F32, "f32") for name in SHAPES if name != "plain"),
-    *(("wide", kind, "f16") for kind in (Kind.F16, Kind.Q4)), ("128", Kind.Q8, "f16"),
+    *(("wide", kind, "f16") for kind in (Kind.F16, Kind.Q4, Kind.Q4E)), ("128", Kind.Q8, "f16"),
     ("plain", Kind.F32, "f16"), ("wide", Kind.Q4, "q8"), ("128", Kind.F16, "q8"),
     ("plain", Kind.Q8, "q8"), ("wide", Kind.Q4R, "q8"),
 ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_stages(
         for place, name in enumerate(["wq", "wk", "wv", "wo", "w1", "w3", "w2"]):
             i = next(i for i, t in enumerate(m.tensors) if f"layers.1.{KINDS[name]}" in t.name)
             rows, columns = m.tensors[i].shape
-            kind = (Kind.F32, Kind.Q8R, Kind.BF16, Kind.Q8, Kind.Q4R, Kind.Q8, Kind.Q4)[place]
+            kind = (Kind.F32, Kind.Q8R, Kind.BF16, Kind.Q8, Kind.Q4R, Kind.Q4E, Kind.Q4)[place]
             data = stages.aligned(matrix_bytes(kind, rows, columns))
             data[:] = np.frombuffer(m.quantize(i, 0, rows, kind, len(data))[0], np.uint8)
             blocks[place] = (kind, data)

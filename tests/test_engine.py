@@ -468,7 +468,7 @@ def test_rows_and_quantize_check_their_places(path: Path) -> None:
 def test_quantising_does_not_depend_on_threads(tmp_path: Path) -> None:
     shape = small_models.config(vocab_size=333, dim=70)
     with Model(small_models.of_kind(tmp_path, shape, Kind.F32)) as model:
-        for kind in (Kind.Q8, Kind.Q4, Kind.F16, Kind.BF16):
+        for kind in (kind for kind in Kind if not kind.rotated):
             n = matrix_bytes(kind, 333, 70)
             one = model.quantize(0, 0, 333, kind, n, threads=1)
             assert model.quantize(0, 0, 333, kind, n, threads=3) == one

@@ -227,7 +227,7 @@ def test_a_reader_that_leaves(stories: Path) -> None:
 
 def test_ctrl_c(tiny: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, ROOT / "run.py", "--bin", tiny, "--max_tokens=4000", "abc"],
+        [sys.executable, ROOT / "run.py", "--bin", tiny, *tiny_chat.WITHOUT_END, "abc"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_chat
 
 from llama import Llama, temporary
 
@@ -195,7 +196,7 @@ def test_told_to_leave(tiny: Path, tmp_path: Path) -> None:
     """run.py ends its line; chat.py keeps what was said, with its keys and values."""
     path = tmp_path / "a.session"
     chat = start("chat.py", "--bin", tiny, "--max_tokens=9", "--session", path)
-    run = start("run.py", "--bin", tiny, "--max_tokens=4000", "abc")
+    run = start("run.py", "--bin", tiny, *tiny_chat.WITHOUT_END, "abc")
     assert chat.stdin and chat.stdout and chat.stderr and run.stdout and run.stderr
     chat.stdin.write("Hello\n")
     chat.stdin.flush()

@@ -15,6 +15,8 @@ CONFIG = Config(
     vocab_size=259, dim=32, hidden_dim=48, head_dim=8, n_layers=2, n_heads=4, n_kv_heads=2,
     max_seq_len=4096, norm_eps=1e-5, rope_theta=1e4, tied=True, eos_ids=(0,),
 )  # fmt: skip
+# a run with it that is still there when it is interrupted
+WITHOUT_END = ("--overflow=slide", "--max_tokens=2000000000")
 
 
 def write(path: Path, family: str | None = "chatml", tokenizer: bool = True) -> Path:

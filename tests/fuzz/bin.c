@@ -5,6 +5,7 @@
  * so that what is found lies behind both. The library's map of the file becomes a copy of its
  * exact length, so that AddressSanitizer sees a read of one byte too many. */
 #include "must.h"
+#include "quant.h"
 #include <math.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -57,7 +58,12 @@ static void seal(uint8_t *data, size_t size) {
 
 // ---- what is done with it
 
+static const uint8_t *file_bytes; // of the input, sealed
+static size_t n_file_bytes;
+
 static void use_tensors(const llama_model *model) {
+    static const uint32_t kinds[] = {LLAMA_Q4, LLAMA_Q8, LLAMA_Q4E, LLAMA_Q8R, LLAMA_Q4R,
+                                     LLAMA_F32, LLAMA_F16, LLAMA_BF16};
     for (size_t i = 0; i < llama_count_tensors(model); i++) {
         llama_tensor t;
         llama_loss loss;
@@ -67,12 +73,15 @@ static void use_tensors(const llama_model *model) {
         MUST(rows && !llama_read_rows(model, i, 0, t.shape[0], rows));
         MUST(llama_read_rows(model, i, t.shape[0], 1, rows) == -1);
         free(rows);
-        const uint32_t kind = i % 2 ? LLAMA_Q8 : LLAMA_Q4;
-        const size_t strips = (t.shape[0] + 15) / 16, blocks = (t.shape[1] + 31) / 32;
-        const size_t bytes = strips * blocks * (kind == LLAMA_Q8 ? 544 : 288);
+        // by the header's checksum, so that each tensor meets every kind
+        const uint32_t kind = kinds[(i + file_bytes[12]) % (sizeof kinds / sizeof *kinds)];
+        const struct kind *k = kind_find(kind);
+        const size_t strips = (t.shape[0] + TILE_ROWS - 1) / TILE_ROWS;
+        const size_t bytes = strips * ((t.shape[1] + k->columns - 1) / k->columns) * k->block_bytes;
         void *out = malloc(bytes);
         MUST(out);
-        (void)llama_quantize(model, i, 0, t.shape[0], kind, NULL, 1, out, bytes, &loss);
+        const int rc = llama_quantize(model, i, 0, t.shape[0], kind, NULL, 1, out, bytes, &loss);
+        MUST(rc || isfinite(loss.sum_squared_error));
         free(out);
     }
 }
@@ -117,8 +126,6 @@ static void use_kv(llama_session *session, const uint8_t *bytes, size_t n_bytes)
 }
 
 enum { ROWS = 5 };
-static const uint8_t *file_bytes; // of the input, sealed
-static size_t n_file_bytes;
 
 /* Three tokens of one sequence, two of another, then one more; OUT (ROWS + 1, n_outputs). The
  * context may be too short for it. */
