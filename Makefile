@@ -5,6 +5,9 @@ PYTHON ?= python3
 MAKEFLAGS += --no-print-directory
 MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
+# two processes at once; a file's tests stay together, in their order
+WORKERS ?= 2
+PYTEST = python3 -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
 .PHONY: run test test-long soak tokenizers arm64 cuda asan tsan fuzz bench
@@ -12,7 +15,7 @@ run: .venv/requirements build/built $(MODEL)
 	$(IN) python3 run.py "Richard Feynman was a "
 
 test: .venv/requirements-dev build/built
-	$(IN) python3 -m pytest
+	$(IN) $(PYTEST)
 
 # the random texts of the suite, 50 times as many for each vocabulary
 tokenizers: .venv/requirements-dev build/built
@@ -60,7 +63,7 @@ asan tsan: .venv/requirements-dev
 	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
 	  $(OPTIONS)allocator_may_return_null=1:log_path=$(REPORT) \
-	  python3 -m pytest --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
+	  $(PYTEST) --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
 	! grep -hs -B9 -A9 $(CURDIR)/lib/ $(REPORT).*
 
 # every reader of files and the sampler under libFuzzer, TIME seconds each, two at once; wants clang

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_chat
 
     return tiny_chat.write(tmp_path_factory.mktemp("tiny") / "tiny.bin")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch's models are too small here to share among threads, which would only wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import head_models
 import numpy as np
 import pytest
 import small_models
-import test_heads
 import torch
 from fake_engine import FakeEngine
-from test_heads import FRAMES, TEXTS, opened, text_model
+from head_models import FRAMES, TEXTS, opened, text_model
 
 from llama import Llama
 from llama.config import Head, Rope
 from llama.errors import LlamaError
 
-transformers = test_heads.transformers
+transformers = head_models.transformers
 MANY = [*TEXTS, "longer " * 30, "b" * 250]
 
 
@@ -68,7 +68,7 @@ def test_shapes_at_random(tmp_path: Path, seed: int) -> None:
     dynamic scaling each of its own length."""
     from llama import checkpoints
 
-    shape = test_heads.random_shape(Head.NONE, seed)
+    shape = head_models.random_shape(Head.NONE, seed)
     model = small_models.transformers_llama(shape, seed=seed)
     model.save_pretrained(tmp_path / "hf")
     checkpoints.export(tmp_path / "hf", tmp_path / "a.bin", say=lambda line: None)
