@@ -5,9 +5,10 @@ PYTHON ?= python3
 MAKEFLAGS += --no-print-directory
 MODEL = bin/chat-llama.bin
 IN = . .venv/bin/activate &&
-# two processes at once; a file's tests stay together, in their order
+# two processes at once, each with a file's tests in their order; a crash is not tried again
 WORKERS ?= 2
-PYTEST = python3 -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = python3 -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart=0
 SOURCES = CMakeLists.txt $(wildcard lib/*.[ch] lib/*/*.[ch] lib/*/*.cu lib/*/*.cuh)
 
 .PHONY: run test test-long soak tokenizers arm64 cuda asan tsan fuzz bench
@@ -63,7 +64,7 @@ asan tsan: .venv/requirements-dev
 	$(IN) LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc LLAMA_LIBRARY=$(CURDIR)/build/$(SANITIZER)/libllama.so \
 	  $(OPTIONS)allocator_may_return_null=1:log_path=$(REPORT) \
-	  $(PYTEST) --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
+	  python3 -m pytest --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
 	! grep -hs -B9 -A9 $(CURDIR)/lib/ $(REPORT).*
 
 # every reader of files and the sampler under libFuzzer, TIME seconds each, two at once; wants clang

