@@ -395,12 +395,12 @@ INLINE void weigh(struct softmax *state, const struct head_page *p, enum store k
         valid[i] = vcltq_u32(vaddq_u32(vld1q_u32(lane), vdupq_n_u32(4 * i)),
                              vdupq_n_u32((uint32_t)p->n));
         const float32x4_t s = vld1q_f32(state->w + 4 * i);
-        most = vmaxq_f32(most, vbslq_f32(valid[i], s, most)); // one NaN and all is NaN
+        most = vmaxnmq_f32(most, vbslq_f32(valid[i], s, most)); // as if a NaN were not there
     }
-    state->m = vmaxvq_f32(most);
+    state->m = vmaxnmvq_f32(most);
     const float32x4_t m = broadcast(state->m);
     state->scale = 1;
-    if (!(state->m <= before)) { // as on few pages
+    if (state->m > before) { // as on few pages
         const float32x4_t scale = exp4(vsubq_f32(broadcast(before), m)); // 0 after -infinity
         state->scale = vgetq_lane_f32(scale, 0);
         for (int i = 0; i < 4; i++)
