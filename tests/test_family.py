@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,7 @@ BIASES = {
     "both biases": {"attention_bias": True, "mlp_bias": True},
 }
 ROPES = ["linear", "llama3", "yarn", "dynamic"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """torch's threads only get in each other's way in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_rope(kind: str, rng: np.random.Generator) -> dict[str, Any]:

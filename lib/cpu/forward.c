@@ -18,7 +18,8 @@
 
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
-enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16 };
+enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16,
+       ROOM_BYTES = 8 << 20 };
 _Static_assert((int)MOST_ROWS <= (int)ATTENTION_ROWS, "attend takes all rows at once");
 
 struct cpu {
@@ -39,8 +40,9 @@ struct cpu {
     float *q;               // (rows, heads)
     float *k, *v;           // (rows, kv_heads)
     float *attended;        // (rows, heads)
-    float *pieces;          // (rows, heads) and marks of more positions: attention.h
-    struct mark *marks;     // (2 rows, n_heads)
+    size_t room;            // rows of what attention has of pieces behind the first
+    float *pieces;          // (room, heads)
+    struct mark *marks;     // (rows + room, n_heads)
     float *gate, *up;       // (rows, hidden)
     float *y;               // (rows, dim) what output and down add to the stream
     float *cos, *sin;       // (rows, head_dim / 2)
@@ -159,7 +161,7 @@ static void attend(struct part *p) {
     const struct attending z = {
         .kv = &c->kv, .layer = p->layer_index, .n_heads = c->model->config.n_heads, .n = p->n,
         .of = p->of, .positions = p->positions, .q = c->q, .out = c->attended, .stride = c->heads,
-        .room = c->rows, .pieces = c->pieces, .marks = c->marks,
+        .room = c->room, .pieces = c->pieces, .marks = c->marks,
     };
     attend_rows(&z, c->pool);
 }
@@ -434,8 +436,8 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->gate, r * c->hidden * 4},   {&c->up, r * c->hidden * 4},
         {&c->y, r * c->dim * 4},         {&c->logits, LOGIT_ROWS * c->outputs * 4},
         {&c->cos, r * half * 4},         {&c->sin, r * half * 4},
-        {&c->pieces, r * c->heads * 4},
-        {&c->marks, 2 * r * c->model->config.n_heads * sizeof *c->marks},
+        {&c->pieces, c->room * c->heads * 4},
+        {&c->marks, (r + c->room) * c->model->config.n_heads * sizeof *c->marks},
         {&c->by.codes, codes * widest},
         {&c->by.scales, codes * widest / GROUP * 4},
         {&c->by.sums, codes * widest / GROUP * 4},
@@ -449,18 +451,21 @@ static size_t lay_out(struct cpu *c, char *base) {
     return bytes;
 }
 
-static int scratch_open(struct cpu *c) {
+static int scratch_open(struct cpu *c, size_t max_seq_len) {
     const llama_config *f = &c->model->config;
     c->dim = up_to(f->dim, TILE_ROWS);
     c->heads = up_to((size_t)f->n_heads * f->head_dim, TILE_ROWS);
     c->kv_heads = up_to((size_t)f->n_kv_heads * f->head_dim, TILE_ROWS);
     c->hidden = up_to(f->hidden_dim, TILE_ROWS);
     c->outputs = up_to(f->n_outputs, TILE_ROWS);
-    c->rows = 1;
+    c->rows = c->room = 1;
     const size_t row_bytes = lay_out(c, NULL) - LOGIT_ROWS * c->outputs * 4;
     c->rows = SCRATCH_BYTES / row_bytes;
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
+    c->room = ROOM_BYTES / (c->heads * 4 + f->n_heads * sizeof *c->marks);
+    if (c->room > (max_seq_len - 1) / PIECE) c->room = (max_seq_len - 1) / PIECE;
+    if (c->room < c->rows) c->room = c->rows; // a prompt's rows have one each
     const size_t bytes = lay_out(c, NULL);
     if (block_take(&c->memory, bytes)) return fail("out of memory for %zu bytes of scratch", bytes);
     lay_out(c, c->memory.at);
@@ -489,7 +494,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     if (!c->frequencies) fail("out of memory for a session");
     if (!c->kernels)
         fail("isa \"%s\" is not among the kernels that this build and CPU have", options->isa);
-    if (!c->frequencies || !c->kernels || scratch_open(c) ||
+    if (!c->frequencies || !c->kernels || scratch_open(c, (size_t)info->max_seq_len) ||
         !(c->pool = pool_open(options->threads)))
         return cpu_close(c), -1;
     c->by.kernels = c->kernels;

@@ -38,6 +38,8 @@ struct matmul {
     const int8_t *levels; // (16) of 4-bit kinds
 };
 
+struct mark { float m, sum; }; // of a query: its largest score, the sum of its lanes
+
 /* Rows are tokens of one sequence that follow each other; of each the query heads of kv heads that
  * follow each other, against the sequence's pages. Each query is computed alone:
  * A page holds, from offset on, for each kv head its keys (PAGE_POSITIONS / 16, head_dim, 16):
@@ -50,10 +52,8 @@ struct matmul {
  * s of the page); scale = exp(m - m'); w[p] = exp(s[p] - m'); the weights sum "in lanes" that
  * are scaled too: lane = lane * scale, then + w[p]; out[i] = out[i] * scale, then
  * out[i] = fma(w[p], v[p][i], out[i]) in rising p. Last, out[i] / sum of lanes.
- * m starts at -infinity, and while it is so scale is 0; exp is exp_f32 below. A score that is NaN
+ * m starts at -infinity, where nothing is scaled yet; exp is exp_f32 below. A score that is NaN
  * makes all of out NaN. What stands at positions from n_positions on does not matter. */
-struct mark { float m, sum; }; // the largest score, and the sum of lanes
-
 struct attention {
     const float *q;           // rows of (n_heads, n_queries, head_dim), scaled by 1/sqrt(head_dim)
     float *out;               // the same shape

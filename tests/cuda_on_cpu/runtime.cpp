@@ -287,6 +287,7 @@ cudaError_t cudaEventCreate(cudaEvent_t *event) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    std::lock_guard<std::recursive_mutex> lock(queues);
     if (streams.count(event->of)) work_off(event->of);
     delete event;
     return cudaSuccess;
@@ -304,7 +305,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (const cudaError_t error = not_recording()) return error;
     std::lock_guard<std::recursive_mutex> lock(queues);
-    while (event->reached < event->recorded && !event->of->waiting.empty()) {
+    while (event->of && event->reached < event->recorded && !event->of->waiting.empty()) {
         const auto step = std::move(event->of->waiting.front());
         event->of->waiting.pop_front();
         step();
