@@ -60,7 +60,7 @@ SHAPES: dict[str, Config] = {
         **ODD, n_heads=4, n_kv_heads=2, head_dim=10, attention_bias=True, mlp_bias=True,
     ),
     "many queries": small_models.config( # more of a kv head than a kernel takes at once
-        vocab_size=33, dim=20, hidden_dim=30, n_heads=70, n_kv_heads=1, head_dim=2, max_seq_len=160,
+        vocab_size=33, dim=70, hidden_dim=30, n_heads=70, n_kv_heads=1, head_dim=2, max_seq_len=160,
     ),
     "long": small_models.config(
         vocab_size=40, dim=24, hidden_dim=30, n_heads=3, n_kv_heads=1, head_dim=8, max_seq_len=1160,
