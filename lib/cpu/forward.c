@@ -19,7 +19,7 @@
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
 enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16,
-       ROOM_BYTES = 8 << 20 };
+       ROOM_BYTES = 8 << 20, MOST_ROOM = 1024 }; // of pieces of attention: half a million positions
 _Static_assert((int)MOST_ROWS <= (int)ATTENTION_ROWS, "attend takes all rows at once");
 
 struct cpu {
@@ -451,7 +451,7 @@ static size_t lay_out(struct cpu *c, char *base) {
     return bytes;
 }
 
-static int scratch_open(struct cpu *c, size_t max_seq_len) {
+static int scratch_open(struct cpu *c) {
     const llama_config *f = &c->model->config;
     c->dim = up_to(f->dim, TILE_ROWS);
     c->heads = up_to((size_t)f->n_heads * f->head_dim, TILE_ROWS);
@@ -464,7 +464,7 @@ static int scratch_open(struct cpu *c, size_t max_seq_len) {
     if (c->rows > MOST_ROWS) c->rows = MOST_ROWS;
     if (c->rows < LEAST_ROWS) c->rows = LEAST_ROWS;
     c->room = ROOM_BYTES / (c->heads * 4 + f->n_heads * sizeof *c->marks);
-    if (c->room > (max_seq_len - 1) / PIECE) c->room = (max_seq_len - 1) / PIECE;
+    if (c->room > MOST_ROOM) c->room = MOST_ROOM;
     if (c->room < c->rows) c->room = c->rows; // a prompt's rows have one each
     const size_t bytes = lay_out(c, NULL);
     if (block_take(&c->memory, bytes)) return fail("out of memory for %zu bytes of scratch", bytes);
@@ -494,7 +494,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     if (!c->frequencies) fail("out of memory for a session");
     if (!c->kernels)
         fail("isa \"%s\" is not among the kernels that this build and CPU have", options->isa);
-    if (!c->frequencies || !c->kernels || scratch_open(c, (size_t)info->max_seq_len) ||
+    if (!c->frequencies || !c->kernels || scratch_open(c) ||
         !(c->pool = pool_open(options->threads)))
         return cpu_close(c), -1;
     c->by.kernels = c->kernels;
