@@ -39,10 +39,10 @@ def _stale() -> bool:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """One process builds at a time; the others wait, and find it done."""
-    BUILD.mkdir(exist_ok=True)
-    with open(BUILD / ".lock", "w") as lock:
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process works in FOLDER at a time; the others wait, and find it done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
         try:
             import fcntl
 
@@ -87,7 +87,7 @@ def _load() -> Any:
     override = os.environ.get("LLAMA_LIBRARY")  # another build, e.g. one with sanitizers
     if not override and _stale():
         try:
-            with _alone():
+            with alone_in(BUILD):
                 if _stale():
                     _build()
         except OSError as error:

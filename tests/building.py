@@ -1,6 +1,5 @@
 """What tests have CMake build besides the library."""
 
-import fcntl
 import subprocess
 from pathlib import Path
 
@@ -9,9 +8,7 @@ from llama import _lib
 
 def build(*targets: str, folder: Path = _lib.BUILD, options: tuple[str, ...] = ()) -> Path:
     """FOLDER, where CMake has built TARGETS with OPTIONS; one process at a time builds in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _lib.alone_in(folder):
         for command in (
             ["-S", str(_lib.ROOT), "-B", str(folder), *options],
             ["--build", str(folder), "--parallel", "2", "--target", *targets],

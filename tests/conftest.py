@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ import pytest
 @contextmanager
 def folder_of_all(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for all of pytest-xdist's processes, one of which is inside at a time."""
+    from llama._lib import alone_in
+
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(folder):
         yield folder
 
 
