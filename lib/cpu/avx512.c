@@ -1,7 +1,7 @@
 /* avx512.c: the kernels for 512-bit registers, one register being the 16 rows of a strip.
  *
- * Compiled twice: with -mavx512vnni, whose vpdpbusd multiplies and adds four bytes a lane at
- * once, and without. A register block of S strips by T tokens is written once, as an inlined
+ * Compiled three times: without more, with -mavx512vnni, whose vpdpbusd multiplies and adds four
+ * bytes a lane at once, and with -mavx512vbmi as well, whose vpermb looks up 64 levels. A register block of S strips by T tokens is written once, as an inlined
  * function whose S, T and kind are constants where it is called. Compiles to nothing for other
  * machines. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -127,21 +127,26 @@ INLINE __m512i codes(const uint8_t *block, int j, __m512i levels, enum store kin
     const __m512i offset = _mm512_set1_epi8((char)OFFSET);
     if (kind == Q8) return _mm512_xor_si512(_mm512_loadu_si512(q + 64 * j), offset);
     __m512i both = _mm512_loadu_si512(q + 64 * (j % 4));
-    both = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
-    return _mm512_shuffle_epi8(levels, both);
+    if (j >= 4) both = _mm512_srli_epi16(both, 4);
+#if defined(__AVX512VBMI__)
+    return _mm512_permutexvar_epi8(both, levels); // by six bits, the upper two of which do not matter
+#else
+    return _mm512_shuffle_epi8(levels, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+#endif
 }
 
-/* What each row of a q4 block adds to its levels, less OFFSET. */
+/* What each row of a q4 block adds to its levels, less OFFSET, in the lower half of its lane. */
 INLINE __m512i shifts(const uint8_t *block) {
-    __m512i d = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)block));
-    d = _mm512_slli_epi32(_mm512_and_si512(d, _mm512_set1_epi32(Q4_SHIFT_BITS)), 1);
-    return _mm512_add_epi32(d, _mm512_set1_epi32(Q4_LEAST_SHIFT - OFFSET));
+    __m256i d = _mm256_loadu_si256((const void *)block);
+    d = _mm256_and_si256(d, _mm256_set1_epi16(Q4_SHIFT_BITS));
+    d = _mm256_add_epi16(_mm256_add_epi16(d, d), _mm256_set1_epi16(Q4_LEAST_SHIFT - OFFSET));
+    return _mm512_cvtepu16_epi32(d);
 }
 
 /* Where a group's sum starts, SUM being that of its a, at most 32 * 127: 16 bits are enough. */
 INLINE __m512i first_sum(__m512i shift, int32_t sum, enum store kind) {
     if (kind == Q8) return _mm512_set1_epi32(-OFFSET * sum);
-    return _mm512_madd_epi16(shift, _mm512_set1_epi32(sum & 0xffff));
+    return _mm512_madd_epi16(shift, _mm512_set1_epi32(sum));
 }
 
 INLINE __m512 scales(const uint8_t *block, enum store kind) {
@@ -392,7 +397,11 @@ INLINE void finish(struct query *of, size_t head_dim) {
     }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__)
+void kernels_avx512vbmi(struct kernels *k) {
+    fill_table(k, "avx512vbmi");
+}
+#elif defined(__AVX512VNNI__)
 void kernels_avx512vnni(struct kernels *k) {
     fill_table(k, "avx512vnni");
 }

@@ -8,11 +8,12 @@
 
 /* What a kernel set asks of the CPU. */
 enum {
-    HAS_AVX2 = 1,        // AVX2, FMA, F16C, and the system saves the ymm registers
-    HAS_AVX_VNNI = 2,    // vpdpbusd on ymm, VEX encoded
-    HAS_AVX512 = 4,      // F, CD, BW, DQ, VL, and the system saves the zmm registers
-    HAS_AVX512_VNNI = 8, // vpdpbusd on zmm
-    HAS_DOTPROD = 16     // arm64's sdot; NEON itself is in every arm64 CPU
+    HAS_AVX2 = 1,         // AVX2, FMA, F16C, and the system saves the ymm registers
+    HAS_AVX_VNNI = 2,     // vpdpbusd on ymm, VEX encoded
+    HAS_AVX512 = 4,       // F, CD, BW, DQ, VL, and the system saves the zmm registers
+    HAS_AVX512_VNNI = 8,  // vpdpbusd on zmm
+    HAS_AVX512_VBMI = 16, // vpermb on zmm
+    HAS_DOTPROD = 32      // arm64's sdot; NEON itself is in every arm64 CPU
 };
 
 #if defined(__x86_64__)
@@ -37,7 +38,8 @@ static unsigned cpu_features(void) {
     if (!__get_cpuid_count(7, 0, &highest, &b, &c, &d) || !(b & AVX2)) return 0;
     features |= HAS_AVX2;
     if ((b & avx512) == avx512 && (saved_state() & 0xe6) == 0xe6)
-        features |= HAS_AVX512 | (c & 1 << 11 ? HAS_AVX512_VNNI : 0);
+        features |= HAS_AVX512 | (c & 1 << 11 ? HAS_AVX512_VNNI : 0)
+                    | (c & 1 << 1 ? HAS_AVX512_VBMI : 0);
     if (highest >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1 << 4)
         features |= HAS_AVX_VNNI;
     return features;
@@ -68,6 +70,7 @@ static const struct {
     void (*fill)(struct kernels *k);
 } sets[] = { // best first
 #if defined(__x86_64__)
+    {HAS_AVX2 | HAS_AVX512 | HAS_AVX512_VNNI | HAS_AVX512_VBMI, kernels_avx512vbmi},
     {HAS_AVX2 | HAS_AVX512 | HAS_AVX512_VNNI, kernels_avx512vnni},
     {HAS_AVX2 | HAS_AVX512, kernels_avx512},
     {HAS_AVX2 | HAS_AVX_VNNI, kernels_avxvnni},

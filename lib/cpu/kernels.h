@@ -134,6 +134,7 @@ void kernels_avx2(struct kernels *k);
 void kernels_avxvnni(struct kernels *k);
 void kernels_avx512(struct kernels *k);
 void kernels_avx512vnni(struct kernels *k);
+void kernels_avx512vbmi(struct kernels *k);
 void kernels_evexvnni(struct kernels *k); // avxvnni in AVX-512's encoding: for tests only
 void kernels_neon(struct kernels *k);
 void kernels_neondot(struct kernels *k);

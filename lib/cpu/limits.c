@@ -183,6 +183,7 @@ static const struct {
     int f32_round, int8_round;
 } probes[] = {
 #if defined(__x86_64__)
+    {"avx512vbmi", fma_512, dot_512, 12 * 16, 12 * 64},
     {"avx512vnni", fma_512, dot_512, 12 * 16, 12 * 64},
     {"avx512", fma_512, pairs_512, 12 * 16, 6 * 64},
     {"avxvnni", fma_256, dot_256, 12 * 8, 12 * 32},
