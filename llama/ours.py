@@ -87,8 +87,10 @@ class Ours:
         info = self.engine.info()
         return {"kv": info.kv_bytes, "scratch": info.scratch_bytes}
 
-    def between(self) -> None:
-        self.limits = self.limits.best(limits.measure(self.info.threads, self.info.isa))
+    def between(self) -> float:
+        now = limits.measure(self.info.threads, self.info.isa)
+        self.limits = self.limits.best(now)
+        return now.bandwidth
 
     def close(self) -> None:
         self.engine.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def merged(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One engine's turns as one: each row has all rates, seconds are medians."""
     rows = [dict(row) for row in turns[0]["rows"]]
     for i, row in enumerate(rows):
-        row["rates"] = [rate for turn in turns for rate in turn["rows"][i]["rates"]]
+        for name in ("rates", "bandwidths"):
+            row[name] = [number for turn in turns for number in turn["rows"][i][name]]
         row["rate"], row["spread"] = statistics.median(row["rates"]), spread(row["rates"])
     seconds = ("open_seconds", "first_token_seconds")
     return turns[0] | {"rows": rows} | {
@@ -50,7 +51,8 @@ def ours(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     fields = dict(facts[0]["load"])
     load = Load(**fields | {name: tuple(fields[name]) for name in ("token", "row")})
     for row in result["rows"]:
-        row |= limit_of(row, load, limits)
+        row["bandwidth"] = statistics.median(row.pop("bandwidths"))
+        row |= limit_of(row, load, replace(limits, bandwidth=row["bandwidth"]))
     opening = [seconds for fact in facts for seconds in fact["opening_seconds"]]
     step = one_decode(result)
     first = next(row["n"] for row in result["rows"] if row["work"] == "prompt")
@@ -90,6 +92,7 @@ def against(model: dict[str, Any], turns: Sequence[dict[str, Any]], greedy: bool
     peer = merged(turns)
     for row, own in zip(peer["rows"], model["rows"], strict=True):
         row["ratio"] = own["rate"] / row["rate"]
+        del row["bandwidths"]
     peer["greedy"] = agreement(model["greedy"], peer["greedy"]) if greedy else None
     del peer["facts"]
     return peer
@@ -126,7 +129,7 @@ def readme_rows(report: dict[str, Any]) -> Iterator[str]:
             f"| {prompt['rate']:.0f} ({prompt['spread']:.0%}), "
             f"{prompt['share']:.0%} of {prompt['limit']} "
             f"| {decode['rate']:.1f} ({decode['spread']:.0%}) | {decode['share']:.0%} of "
-            f"{limit_text(decode['limit'], model['limits'])} | {times} |"
+            f"{limit_text(decode['limit'], model['limits'] | decode)} | {times} |"
         )
 
 
@@ -134,6 +137,11 @@ def limit_text(name: str, limits: dict[str, float]) -> str:
     if name == "bandwidth":
         return f"{limits[name] / 1e9:.1f} GB/s"
     return f"{limits[name] / 1e9:.0f} G {name} multiply-adds/s"
+
+
+def limit_name(row: dict[str, Any]) -> str:
+    name = str(row["limit"])
+    return f"{name}, {limit_text(name, row)}" if name == "bandwidth" else name
 
 
 def table(model: dict[str, Any]) -> Iterator[str]:
@@ -154,7 +162,7 @@ def table(model: dict[str, Any]) -> Iterator[str]:
     yield "|---" * len(head) + "|"
     for i, row in enumerate(model["rows"]):
         cells = [work_text(row), f"{row['rate']:.1f} ({row['spread']:.0%})",
-                 f"{row['share']:.0%} of {row['limit_rate']:.1f} by {row['limit']}"]  # fmt: skip
+                 f"{row['share']:.0%} of {row['limit_rate']:.1f} by {limit_name(row)}"]  # fmt: skip
         if peer:
             other = peer["rows"][i]
             cells += [f"{other['rate']:.1f} ({other['spread']:.0%})", f"{other['ratio']:.2f}"]

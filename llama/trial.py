@@ -8,6 +8,7 @@ the same lines, measure() below; ours.py and peers.py hold the engines.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -54,14 +55,16 @@ class Job:
 
 @dataclass
 class Row:
-    """One measurement: tokens a second of each repeat. WORK is "prompt" or "decode"; N the
-    prompt's tokens, or those that each sequence decoded."""
+    """One measurement: tokens a second of each repeat, and the bandwidth before and after it (the
+    larger), where the engine measures that. WORK is "prompt" or "decode"; N the prompt's tokens,
+    or those that each sequence decoded."""
 
     work: str
     n: int
     depth: int
     batch: int
     rates: list[float]
+    bandwidths: list[float]
 
 
 @dataclass
@@ -102,8 +105,9 @@ class Runner(Protocol):
     def held(self) -> dict[str, int]:
         """Bytes that the engine itself says it holds, by what for."""
 
-    def between(self) -> None:
-        """Called between measurements, when nothing else runs."""
+    def between(self) -> float | None:
+        """Called between measurements, when nothing else runs; the memory's bandwidth in bytes a
+        second, where this measures it."""
 
     def close(self) -> None: ...
 
@@ -132,17 +136,18 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
     first = open_seconds + runner.prompt(job.ids(job.prompts[0]))
     result = Result(job.engine, runner.version, runner.features, open_seconds, first)
 
-    def repeated(tokens: int, work: Callable[[], float]) -> list[float]:
-        """Tokens a second, of each repeat."""
-        rates = []
+    def repeated(row: Row, work: Callable[[], float]) -> None:
+        """Fills in the row, which joins the others."""
+        looks = [runner.between()]
         for _ in range(job.repeats):
-            runner.between()
-            rates.append(tokens / work())
-        return rates
+            row.rates.append(row.n * row.batch / work())
+            looks.append(runner.between())
+        pairs = itertools.pairwise(look for look in looks if look is not None)
+        row.bandwidths += [max(pair) for pair in pairs]
+        result.rows.append(row)
 
     for n in job.prompts:
-        rates = repeated(n, partial(runner.prompt, job.ids(n)))
-        result.rows.append(Row("prompt", n, 0, 1, rates))
+        repeated(Row("prompt", n, 0, 1, [], []), partial(runner.prompt, job.ids(n)))
     runner.fill(0, 1)
     runner.decode(1)
     now = memory()
@@ -153,8 +158,8 @@ def measure(job: Job, opened: Callable[[Job], Runner]) -> Result:
         for depth in job.depths:
             runner.fill(depth, batch)
             runner.decode(min(2, job.tokens))
-            rates = repeated(batch * job.tokens, partial(runner.decode, job.tokens))
-            result.rows.append(Row("decode", job.tokens, depth, batch, rates))
+            row = Row("decode", job.tokens, depth, batch, [], [])
+            repeated(row, partial(runner.decode, job.tokens))
     if job.greedy:
         result.greedy = runner.greedy(job.ids(GREEDY_PROMPT), job.greedy)
     for _ in range(LAST_LOOKS):

@@ -34,7 +34,7 @@ MODEL = {
 }  # fmt: skip
 ROW = {
     "work": str, "n": int, "depth": int, "batch": int, "rates": list, "rate": float,
-    "spread": float, "limit": str, "limit_rate": float, "share": float,
+    "spread": float, "bandwidth": float, "limit": str, "limit_rate": float, "share": float,
 }  # fmt: skip
 
 
@@ -91,7 +91,8 @@ def test_shares_are_of_what_a_step_reads_and_adds(tiny: Path, kept: tuple[Path, 
             assert row["limit"] == "f32" and row["limit_rate"] == pytest.approx(n / adding)
             continue
         positions = sum(depth + i + 1 for i in range(n)) / n
-        reading = (weights + batch * positions * 2 * 2 * 16 * 4) / limits["bandwidth"]
+        reading = (weights + batch * positions * 2 * 2 * 16 * 4) / row["bandwidth"]
+        assert 0 < row["bandwidth"] <= limits["bandwidth"]
         assert row["limit"] == ("f32" if adding > reading else "bandwidth")
         assert row["limit_rate"] == pytest.approx(batch / max(adding, reading))
     held = model["memory"]
@@ -153,11 +154,13 @@ def test_peaks_are_plausible() -> None:
 
 
 def test_turns_become_one() -> None:
-    turn = {"open_seconds": 1.0, "first_token_seconds": 3.0, "rows": [{"n": 5, "rates": [4, 8]}]}
-    other = turn | {"open_seconds": 2.0, "rows": [{"n": 5, "rates": [6, 10]}]}
+    row = {"n": 5, "rates": [4, 8], "bandwidths": [1, 2]}
+    turn = {"open_seconds": 1.0, "first_token_seconds": 3.0, "rows": [row]}
+    other = turn | {"open_seconds": 2.0, "rows": [row | {"rates": [6, 10], "bandwidths": [3]}]}
     found = report.merged([turn, other])
     assert found["open_seconds"] == 1.5
-    assert found["rows"] == [{"n": 5, "rates": [4, 8, 6, 10], "rate": 7, "spread": 6 / 7}]
+    numbers = {"rates": [4, 8, 6, 10], "bandwidths": [1, 2, 3]}
+    assert found["rows"] == [{"n": 5, **numbers, "rate": 7, "spread": 6 / 7}]
     assert report.agreement([1, 2, 3], [1, 2, 4]) == {"tokens": 3, "same": 2}
     assert report.agreement([1, 2], [1, 2]) == {"tokens": 2, "same": 2}
 

@@ -147,10 +147,11 @@ def test_ratios_are_ours_over_theirs(
         ours = job.engine == "llama"
         assert (job.kv, job.greedy) == ("f16", bench.GREEDY)
         rates = [30.0, 40.0, 50.0] if ours else [20.0, 15.0, 25.0]
-        rows = [{"work": work, "n": 4, "depth": 0, "batch": 1, "rates": rates}
+        seen = [0.5e6, 1e6, 2e6] if ours else []
+        rows = [{"work": work, "n": 4, "depth": 0, "batch": 1, "rates": rates, "bandwidths": seen}
                 for work in ("prompt", "decode")]  # fmt: skip
         facts = {
-            "limits": {"bandwidth": 1e6, "f32": 1e6, "int8": 1e6}, "isa": "scalar", "threads": 1,
+            "limits": {"bandwidth": 3e6, "f32": 1e6, "int8": 1e6}, "isa": "scalar", "threads": 1,
             "load": {"step_bytes": 10**4, "kv_bytes": 0, "token": [10, 0], "row": [0, 0]},
             "activations": 16, "kv": "f16", "dtype": "f16", "weight_bytes": 10**4,
             "opening_seconds": [0.05],
@@ -174,7 +175,7 @@ def test_ratios_are_ours_over_theirs(
     assert model["against"]["greedy"] == {"tokens": 4, "same": 3}
     assert model["rows"][1]["share"] == 40 / 100 and model["opening_steps"] == 2.0
     text = "\n".join(report.table(model))
-    ours = "| decode 4 after 0 | 40.0 (50%) | 40% of 100.0 by bandwidth "
+    ours = "| decode 4 after 0 | 40.0 (50%) | 40% of 100.0 by bandwidth, 0.0 GB/s "
     assert ours + "| 20.0 (50%) | 2.00 |" in text
     assert "greedy: the first 3 of 4 tokens are the same" in text
 
