@@ -24,8 +24,8 @@ INLINE size_t element_bytes(enum store kind) {
 }
 
 /* Columns of a piece: what PIECE columns of a block's strips take, 128 KiB of f32 (4 strips) or
- * 136 KiB of q8 (2 strips), lies in L2 while all tokens pass by. LONG_STRIP: see matmul. */
-enum { FLOAT_PIECE = 512, GROUP_PIECE = 128, LONG_STRIP = 40 << 10 };
+ * 136 KiB of q8 (2 strips), lies in L2 while all tokens pass by. */
+enum { FLOAT_PIECE = 512, GROUP_PIECE = 128 };
 
 /* Where a register block works: strips from STRIP, tokens from TOKEN, columns [from, to) in
  * units of the kind's block. */
@@ -91,10 +91,8 @@ INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind,
     }
 }
 
-/* One token: memory is what waits. Strips of LONG_STRIP bytes and more are read two at a time, for
- * two streams keep more reads in flight (q8, 4,096 columns: 23.8 GB/s against 21.1); shorter ones
- * singly, for one stream goes on into the next strip where two would start anew (q8, 576 columns:
- * 22.9 against 17.9). Prefetch instructions, 1 to 8 KiB ahead, only cost. (Zen 4, one thread.)
+/* One token: memory is what waits. Strips are read one after another, for one stream goes on into
+ * the next strip where two would start anew, and prefetch instructions only cost.
  * Many tokens: a piece of a few strips, small enough for L2, meets all of them. In between, where
  * one strip alone can meet them all at once, it does (8 tokens of q4: 7 to 14% more than 6 and 2).
  */
@@ -106,9 +104,6 @@ INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store
     const size_t piece = few || once ? columns : quantised ? GROUP_PIECE : FLOAT_PIECE;
     const size_t wide = n == 1 || once ? 1 : (size_t)most_strips;
     struct place at = {.strip = first, .to = columns};
-    if (n == 1 && m->strip_bytes >= LONG_STRIP)
-        for (; last - at.strip >= 2; at.strip += 2)
-            block(m, &at, kind, 2, 1);
     while (at.strip < last) {
         size_t S = last - at.strip >= wide ? wide : 1;
         for (at.from = 0; at.from < columns; at.from = at.to) {
