@@ -67,10 +67,12 @@ asan tsan: .venv/requirements-dev
 	  python3 -m pytest --capture=sys $(PLUGIN) -m "$(MARKS)" $(TESTS) || { cat $(REPORT).*; exit 1; }
 	! grep -hs -B9 -A9 $(CURDIR)/lib/ $(REPORT).*
 
-# every reader of files and the sampler under libFuzzer, TIME seconds each, two at once; wants clang
+# every reader of files and the sampler under libFuzzer, TIME seconds each, two at once, chance
+# beginning anywhere or at SEED; wants clang
 TIME ?= 60
+SEED ?= 0
 fuzz: .venv/fuzz build/fuzz/built
-	$(IN) python3 tests/fuzz/run.py --time $(TIME)
+	$(IN) python3 tests/fuzz/run.py --time $(TIME) --seed $(SEED)
 
 bench: .venv/requirements build/built $(MODEL)
 	$(IN) python3 -m llama.bench

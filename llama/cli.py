@@ -252,12 +252,13 @@ def open_model(
 
 
 @contextmanager
-def upload_shown() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal, once weights have been on their way for a second."""
+def upload_shown(delay: float = 1.0) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal, once weights have been on their way for so many
+    seconds."""
     from tqdm import tqdm
 
     with tqdm(desc="weights to the GPU", unit="B", unit_scale=True, leave=False, disable=None,
-              delay=1.0) as bar:  # fmt: skip
+              delay=delay) as bar:  # fmt: skip
 
         def show(done: int, total: int) -> None:
             bar.total = total

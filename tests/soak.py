@@ -36,6 +36,7 @@ from llama.engine import Engine, isa_names, sample_logits
 from llama.generate import Llama
 from llama.quant import Kind
 from llama.tokenizer import HuggingFace
+from llama.trial import memory
 
 SHAPE = small_models.config(vocab_size=60, n_kv_heads=2, max_seq_len=200)
 KINDS = (Kind.F32, Kind.F16, Kind.Q8, Kind.Q4, Kind.Q8R, Kind.Q4R, Kind.Q4E)
@@ -392,12 +393,9 @@ def grown(before: int, rounds: int) -> str | None:
 
 
 def held() -> int:
-    """This process's memory in bytes; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * 4096
+    """This process's own memory in bytes; 0 where the system does not say."""
+    found = memory()
+    return found[0] if found else 0
 
 
 def main() -> int:

@@ -242,7 +242,7 @@ def test_factor_of_another_size(tmp_path: Path) -> None:
         one.encode(np.eye(31, dtype=np.float32))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from([0.0, 1e4, -1e4, 1e-40, 65504.0, 0.3]), min_size=1, max_size=6),
     st.sampled_from([0.0, 1e-21, 1e-17, 1e-6, 1.0, 1e6, 1e15]),

@@ -60,7 +60,7 @@ def test_more_than_run_together() -> None:
     assert [r.text for r in first] == [r.text for r in results[:4]]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=40), min_size=1, max_size=12), st.integers(1, 6),
     st.integers(1, 64),

@@ -118,7 +118,7 @@ def headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
 def child(form: str, part: int, folder: Path) -> None:
     """Tries every second file of FORM and prints what a file did that none may do, then how many
     there were, how many were accepted, the longest and the memory."""
-    faulthandler.dump_traceback_later(300, exit=True)  # of what hangs
+    faulthandler.dump_traceback_later(1200, exit=True)  # of what hangs
     use = open_bin if form == "bin" else export
     if form == "bin":
         files = {"a.bin": small_sources.ours(folder / "a.bin")}

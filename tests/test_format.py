@@ -116,7 +116,6 @@ def test_blocks_decode_as_the_document_says(kind: Kind, rows: int, columns: int)
     assert np.array_equal(found, stored)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40))
 def test_rounding_is_torchs(values: list[float]) -> None:
     torch = pytest.importorskip("torch")
@@ -223,7 +222,7 @@ metas = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(configs, floats, metas, st.binary(min_size=1, max_size=200))
 def test_what_was_written_is_read(
     tmp_path_factory: pytest.TempPathFactory,
@@ -429,7 +428,7 @@ def test_every_truncation_is_refused(tmp_path: Path, good: bytes) -> None:
     refused(tmp_path / "a.bin", good + b"\0")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_changed_header_is_refused(
     tmp_path_factory: pytest.TempPathFactory, good: bytes, data: st.DataObject

@@ -383,7 +383,7 @@ def test_hostile_numbers_are_refused(tmp_path: Path, good: bytes) -> None:
     assert "stands twice" in changed(second, "19s", b"blk.0.attn_k.weight")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, good: bytes, data: Any

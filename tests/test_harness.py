@@ -121,7 +121,7 @@ def test_windows_of_the_harness_s_own_example(adapter: Adapter) -> None:
     assert list(adapter.windows("")) == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_windows_cover_a_text(n: int, size: int) -> None:
     text = "".join(chr(65 + i) for i in range(n))

@@ -17,7 +17,7 @@ import small_models
 import tokenizers
 import torch
 from head_models import FRAMES, HEADS, TEXTS, far, opened, text_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import Llama, checkpoints
@@ -145,7 +145,6 @@ def test_answers_are_a_plain_search(tmp_path: Path, frame: str) -> None:
                 llm.answer(*arguments)  # type: ignore[arg-type]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 10**6))
 def test_the_best_span_is_the_best(n: int, longest: int, seed: int) -> None:
     starts, ends = np.random.default_rng(seed).normal(size=(2, n)).astype(np.float32) * 3

@@ -32,7 +32,7 @@ SHAPE = small_models.config(
 PAGE = 32
 # And activations' bits, and how keys and values are kept.
 KINDS = [(kind, 16, None) for kind in Kind] + [(Kind.Q8, 8, None), (Kind.Q4R, 8, "q8")]
-slow = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+slow = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
 
 class Alone:
@@ -325,7 +325,7 @@ def test_random_walk(bench: Bench) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Here,
         settings=settings(
-            max_examples=12, stateful_step_count=25, deadline=None,
+            max_examples=12, stateful_step_count=25,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

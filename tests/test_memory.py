@@ -84,11 +84,14 @@ def check_flat(once: Callable[[], object], times: int, most: int, what: int = RE
     """So many add no more than MOST bytes, when some have filled what is kept for later."""
     for _ in range(times // 5):
         once()
-    before = held(what)
-    for _ in range(times):
-        once()
-    grown = held(what) - before
-    assert grown < most or sanitized(), f"{grown} bytes more, at most {most}"
+    for _ in range(3):  # a page of the system's becomes a large one by chance; leaks, each time
+        before = held(what)
+        for _ in range(times):
+            once()
+        grown = held(what) - before
+        if grown < most or sanitized():
+            return
+    raise AssertionError(f"{grown} bytes more, at most {most}")
 
 
 def test_opened_and_closed_again_and_again(path: Path) -> None:

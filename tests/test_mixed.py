@@ -3,12 +3,10 @@ and what the receipt says of them."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pytest
 import small_models
 from test_activations import decoded
 from test_quantize import ROOT, SHAPE, command, write
+from test_stops import WRITE, start, stopped_at
 
 from llama import distance, format
 from llama.calibrate import Calibration, hold_out, texts_of
@@ -427,16 +426,13 @@ def test_an_existing_file_is_kept(stories: Path, tmp_path: Path) -> None:
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("after", [0.5, 1.5])
-def test_interrupt_leaves_nothing(tmp_path: Path, after: float) -> None:
-    source = write(tmp_path / "m.bin", Config(3000, 256, 704, 64, 8, 4, 4, 64, 1e-5, 1e4))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "quantize.py"), "--max-kld=0.01", f"--bin={source}"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(after)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+@pytest.mark.parametrize("place", ["llama.sensitivity.Sensitivity.layer", WRITE])
+def test_interrupt_leaves_nothing(tmp_path: Path, place: str) -> None:
+    """Ctrl-C while it measures, and while it writes."""
+    source = write(tmp_path / "m.bin", SHAPE)
+    stop = stopped_at(signal.SIGINT, place)
+    process = start("quantize.py", "--max-kld=0.01", f"--bin={source}", first=stop)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin"]

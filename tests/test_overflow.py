@@ -83,7 +83,7 @@ def test_a_text_slides_on(size: int, keep: int | None) -> None:
     assert all(first == kept for first, _ in slides) and len(slides) > 3
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.text("ab", min_size=1, max_size=60), st.integers(1, 120)),

@@ -27,7 +27,7 @@ def totals(chosen: tuple[Option, ...] | list[Option]) -> tuple[int, float]:
     return sum(o.bytes for o in chosen), sum(o.loss for o in chosen)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(TENSOR, min_size=1, max_size=6), st.floats(0, 1))
 def test_the_best_of_all_choices(tensors: list[list[Option]], share: float) -> None:
     every = [totals(chosen) for chosen in itertools.product(*tensors)]
@@ -46,7 +46,7 @@ def test_the_best_of_all_choices(tensors: list[list[Option]], share: float) -> N
     assert loss <= most or not good
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(TENSOR, min_size=2, max_size=6), st.integers(1, 12000))
 def test_sizes_without_a_common_step(tensors: list[list[Option]], extra: int) -> None:
     """Rounded up to steps: the promise is kept, and no more than a step a tensor is lost."""

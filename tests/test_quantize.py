@@ -4,11 +4,9 @@ that tells the truth, and nothing left behind when it is stopped."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_stops import WRITE, start, stopped_at
 
 from llama import format
 from llama.config import Config
@@ -164,7 +163,7 @@ EDGES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arrays.arrays(np.float32, (16, 64), elements=EDGES, fill=st.just(0.0)))
 def test_odd_groups(values: np.ndarray) -> None:
     """Zeros, one outlier, subnormals: every group within its bound, zeros exactly zero."""
@@ -228,17 +227,10 @@ def test_bad_words_are_one_line(words: tuple[str, ...], says: str) -> None:
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C while it writes: status 130, and neither the file nor a part of it."""
-    shape = Config(32000, 1024, 2816, 64, 2, 16, 16, 64, 1e-5, 1e4, tied=True)
-    source = write(tmp_path / "m.bin", shape)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "quantize.py"), "--bits=4", f"--bin={source}", "--threads=1"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not list(tmp_path.glob("*.tmp-*")):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    source = write(tmp_path / "m.bin", SHAPE)
+    stop = stopped_at(signal.SIGINT, WRITE)
+    process = start("quantize.py", "--bits=4", f"--bin={source}", first=stop)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin"]

@@ -28,7 +28,7 @@ def test_a_fork_while_another_thread_renders(monkeypatch: pytest.MonkeyPatch) ->
     if child == 0:
         status = 1
         try:
-            signal.alarm(20)  # where it hangs
+            signal.alarm(120)  # where it hangs
             status = 0 if sandbox.render("{{ 6 * 7 }}", {}, None) == "42" else 2
             sandbox._child._stop()
         finally:

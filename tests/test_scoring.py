@@ -89,7 +89,7 @@ def test_kept_prompts_and_company_change_nothing(real: Llama) -> None:
     assert stream.result is not None and stream.result.prompt_logprobs == first.prompt_logprobs
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.text("ab", min_size=1, max_size=40), st.integers(1, 3), st.booleans()),

@@ -422,7 +422,7 @@ def test_impossible_answers_are_refused_in_a_line(
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_answer_can_break_it(model: Path, data: st.DataObject) -> None:
     """Any part of the JSON replaced by anything: read as it is, or a LlamaError."""
     entry = json.loads(str(format.read(model).meta[golden.KEY]))
@@ -497,11 +497,11 @@ def test_an_interrupt_while_they_are_computed_leaves_nothing(tmp_path: Path) -> 
         "def compute(path, **more):\n"
         "    assert path.stat().st_size > 1000\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
         "golden.compute = compute\n"
         "sys.exit(export.main())"
     )
-    done, out = export(tmp_path, "-c", program, timeout=30)
+    done, out = export(tmp_path, "-c", program, timeout=120)
     assert done.returncode == 130 and not any(out.parent.iterdir())
     assert done.stderr.splitlines()[-1] == "export.py: interrupted, nothing was written"
 

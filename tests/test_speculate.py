@@ -61,7 +61,7 @@ class Oracle:
 SPOILED = ["right", "beyond", "wrong", "middle", "huge", "negative", "next", "right"]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=30), min_size=1, max_size=5, unique=True),
     st.lists(st.sampled_from(SPOILED), min_size=1, max_size=6),
@@ -232,7 +232,6 @@ def plain_search(ids: list[int], most: int) -> list[int]:
     return text[len(ids) :]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2), max_size=120), st.lists(st.integers(1, 9), max_size=30),
     st.integers(1, 9),

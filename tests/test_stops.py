@@ -32,20 +32,20 @@ import os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
-import llama.format, llama.session
+import llama.format
 {}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# NUMBER comes behind the first piece of a .bin, or of a session
 STOP = """
-def stopping(write):
-    def stop(*words):
-        write(*words)
-        os.kill(os.getpid(), {})
-    return stop
-llama.format.Writer.write = stopping(llama.format.Writer.write)
-llama.session.hold = stopping(llama.session.hold)
+import {module}
+work = {place}
+def stop(*words):
+    done = work(*words)
+    os.kill(os.getpid(), {number})
+    return done
+{place} = stop
 """
+WRITE, HOLD = "llama.format.Writer.write", "llama.session.hold"  # a piece of a .bin; of a session
 # the full disk shows only when it is written to
 BLIND = "llama.format._free_bytes = lambda directory: 1 << 60"
 
@@ -55,6 +55,11 @@ def start(script: str, *words: object, first: str = "", **options: Any) -> subpr
                str(ROOT / script), *map(str, words)]  # fmt: skip
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.PIPE, cwd=ROOT, **options)  # fmt: skip
+
+
+def stopped_at(number: int, place: str) -> str:
+    """What has NUMBER come behind the first call of PLACE."""
+    return STOP.format(number=int(number), place=place, module=".".join(place.split(".")[:2]))
 
 
 def flags(script: str, data: Path, tiny: Path, out: Path) -> list[object]:
@@ -75,7 +80,7 @@ def test_writers(script: str, data: Path, tiny: Path, tmp_path: Path) -> None:
         out.parent.mkdir()
         out.write_text("old")
         words = flags(script, data, tiny, out)
-        running[sign] = start(script, *words, first=STOP.format(int(sign))), out
+        running[sign] = start(script, *words, first=stopped_at(sign, WRITE)), out
     for sign, (process, out) in running.items():
         text, errors = process.communicate(timeout=120)
         assert (process.returncode, text) == (STATUS[sign], ""), errors
@@ -176,7 +181,8 @@ def test_a_session(tiny: Path, tmp_path: Path, small_disk: Callable[[], Path]) -
     old = full.read_bytes()
     killed.write_bytes(old)
     words = ["--bin", tiny, "--max_tokens=99"]
-    stopped = start("chat.py", *words, "--session", killed, first=STOP.format(int(signal.SIGKILL)))
+    stop = stopped_at(signal.SIGKILL, HOLD)
+    stopped = start("chat.py", *words, "--session", killed, first=stop)
     alone = start("chat.py", *words, "--session", full)
     _, errors = alone.communicate("Hello\n", timeout=120)
     assert alone.returncode == 1 and "Traceback" not in errors
@@ -206,7 +212,7 @@ def test_told_to_leave(tiny: Path, tmp_path: Path) -> None:
     assert run.stdout.read().endswith("\n") and run.stderr.read() == ""
     assert run.wait(120) == 129
     said_so = chat.stdout.readline().removesuffix("\n")
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while path.stat().st_size < 150 and time.monotonic() < end:  # the file follows the answer
         time.sleep(0.02)
     chat.send_signal(signal.SIGTERM)

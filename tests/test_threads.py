@@ -71,7 +71,7 @@ def until_closed(call: Callable[[], object], ends: list[str]) -> Callable[[], No
     return work
 
 
-def child(work: Callable[[], str], seconds: int = 20) -> str:
+def child(work: Callable[[], str], seconds: int = 120) -> str:
     """What WORK returns in a forked child, or how the child ended."""
     out, into = os.pipe()
     number = os.fork()

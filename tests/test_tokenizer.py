@@ -281,7 +281,7 @@ def test_a_stream_is_decode(each: Tokenizer) -> None:
             assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 259), max_size=30))
 def test_any_bytes_in_any_pieces(ids: list[int]) -> None:
     tokenizer = open_tokenizer("json", byte_tokenizer(), 260, None, [], {})

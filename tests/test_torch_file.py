@@ -265,7 +265,7 @@ def test_every_flipped_bit_of_the_weights_is_found(tmp_path: Path) -> None:
     same(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_never_crashes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -28,6 +28,8 @@ def main() -> None:
     target = sys.argv.pop(1)
     with atheris.instrument_imports(include=["llama", "gguf", "jinja2"]):
         run = trial(target)
+        from llama import sandbox
+    sandbox.SECONDS = 2.0  # what never ends would cost most of the time
     atheris.Setup([*sys.argv, f"-max_len={MOST}"], run)
     atheris.Fuzz()
 
@@ -175,7 +177,6 @@ def _template(target: str, folder: Path) -> Callable[[bytes], None]:
     import jinja2
     from fake_engine import byte_tokenizer
 
-    from llama import sandbox
     from llama.templates import ChatTemplate
     from llama.tokenizer import open_tokenizer
 
@@ -183,7 +184,6 @@ def _template(target: str, folder: Path) -> Callable[[bytes], None]:
     dialogs = [[("user", "a <|im_end|> b")], [("system", "s"), ("user", "a")],
                [("user", "a"), ("assistant", ""), ("user", "{{ 1 }}")]]  # fmt: skip
 
-    sandbox.SECONDS = 2.0
     parser = jinja2.Environment()
 
     def run(data: bytes) -> None:

@@ -22,7 +22,7 @@ BUILD, CORPUS = ROOT / "build" / "fuzz", ROOT / "tests" / "corpus"
 NATIVE = ("bin", "sampler")
 READERS = ("gguf", "pth", "safetensors", "config", "tokenizer", "template", "llama2c", "session")
 MEMORY = 2048  # MB that a target may take, sanitizers and Python included
-SECONDS = 10  # that an input may take: sanitizers and tracing slow everything
+SECONDS = 30  # that an input may take: sanitizers and tracing slow everything
 
 
 def main() -> int:
@@ -31,6 +31,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", type=int, default=60, help="seconds for each target")
+    parser.add_argument("--seed", type=int, default=0, help="where chance begins (0: anywhere)")
     parser.add_argument("targets", nargs="*", default=[*NATIVE, *READERS])
     args = parser.parse_args()
     for target in args.targets:
@@ -39,17 +40,19 @@ def main() -> int:
         for data in seeds.of(target):
             (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
     with ThreadPoolExecutor(2) as pool:
-        return 0 if all(list(pool.map(lambda target: run(target, args.time), args.targets))) else 1
+        found = pool.map(lambda target: run(target, args.time, args.seed), args.targets)
+        return 0 if all(list(found)) else 1
 
 
-def run(target: str, seconds: int) -> bool:
+def run(target: str, seconds: int, seed: int) -> bool:
     """Fuzzes one target and prints a line; whether nothing was found."""
     found = BUILD / "found" / target
     found.mkdir(parents=True, exist_ok=True)
     command = [str(BUILD / f"fuzz_{target}")] if target in NATIVE else [
         sys.executable, str(ROOT / "tests" / "fuzz" / "readers.py"), target]  # fmt: skip
     flags = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEMORY}", f"-timeout={SECONDS}",
-             f"-artifact_prefix={found}/", "-print_final_stats=1", "-verbosity=1"]  # fmt: skip
+             f"-seed={seed}", f"-artifact_prefix={found}/", "-print_final_stats=1",
+             "-verbosity=1"]  # fmt: skip
     if target == "bin":
         flags += ["-max_len=24576", "-malloc_limit_mb=256"]
     folders = [str(BUILD / "corpus" / target), str(CORPUS / target)]
