@@ -1,9 +1,9 @@
 /* avx512.c: the kernels for 512-bit registers, one register being the 16 rows of a strip.
  *
  * Compiled three times: without more, with -mavx512vnni, whose vpdpbusd multiplies and adds four
- * bytes a lane at once, and with -mavx512vbmi as well, whose vpermb looks up 64 levels. A register block of S strips by T tokens is written once, as an inlined
- * function whose S, T and kind are constants where it is called. Compiles to nothing for other
- * machines. */
+ * bytes a lane at once, and with -mavx512vbmi too, whose vpermb looks levels up by six bits. A
+ * register block of S strips by T tokens is written once, as an inlined function whose S, T and
+ * kind are constants where it is called. Compiles to nothing for other machines. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "exp.h"
 #include "kernels.h"
@@ -129,7 +129,7 @@ INLINE __m512i codes(const uint8_t *block, int j, __m512i levels, enum store kin
     __m512i both = _mm512_loadu_si512(q + 64 * (j % 4));
     if (j >= 4) both = _mm512_srli_epi16(both, 4);
 #if defined(__AVX512VBMI__)
-    return _mm512_permutexvar_epi8(both, levels); // by six bits, the upper two of which do not matter
+    return _mm512_permutexvar_epi8(both, levels); // the levels stand there four times
 #else
     return _mm512_shuffle_epi8(levels, _mm512_and_si512(both, _mm512_set1_epi8(15)));
 #endif
