@@ -31,7 +31,8 @@ def test_memory_that_grows_is_told(
 
     def leaks(*args: Any) -> None:
         play(*args)
-        kept.append(mmap.mmap(-1, 1 << 20))  # not from what earlier tests gave back
+        # not from what earlier tests gave back
+        kept.append(mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         kept[-1].write(b"\1" * (1 << 20))
 
     monkeypatch.setattr(soak, "play", leaks)
