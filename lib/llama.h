@@ -176,8 +176,8 @@ typedef struct {
                           // LLAMA_Q8: int8 codes, an f32 scale for each position, head and layer;
                           // -1: f32 for an f32 file, f16 otherwise
     int activations;      // bits of what meets quantised weights, but for the head's, which is 16:
-                          // 8, or 16 in two passes; 0: 8 if they are rotated, 16 if not. A GPU has
-                          // its own: 22 for up to 4 rows at once, 11 for more
+                          // 8, or 16, which is twice the products; 0: 8 if they are rotated, 16 if
+                          // not. A GPU has its own: 22 for up to 4 rows at once, 11 for more
     uint32_t max_seq_len; // the longest sequence this session takes; 0: the model's own. More
                           // than that, up to 2^24, is allowed: it was not trained for it
     uint32_t host_layers; // with "cuda": so many of the first layers, and the embedding, stay on

@@ -248,10 +248,10 @@ class Engine:
     DEVICE "auto": cuda, else cpu; `chosen` says why. GPU_LAYERS: with cuda only so many of the last
     layers, and the head, are the GPU's, and the CPU has the rest. PROGRESS(done, total) is told of
     bytes brought to the GPU; what it raises ends that. THREADS None: one a core. KV None: f32 for
-    an f32 file, f16 otherwise. ACTIVATIONS: 16 bits of what meets quantised weights take two passes
-    of 8. MAX_SEQ_LEN None: the model's own, or with a warning as much of it as the free memory
-    holds. ISA: one of isa_names(), for tests. On the CPU one sequence of MAX_SEQ_LEN must fit the
-    free memory, unless ANY_SIZE; weights that do not are a warning.
+    an f32 file, f16 otherwise. ACTIVATIONS: bits of what meets quantised weights, 8 or 16, which
+    are twice the products. MAX_SEQ_LEN None: the model's own, or with a warning as much of it as
+    the free memory holds. ISA: one of isa_names(), for tests. On the CPU one sequence of
+    MAX_SEQ_LEN must fit the free memory, unless ANY_SIZE; weights that do not are a warning.
     """
 
     MAX_SEQUENCES = MAX_SEQUENCES

@@ -117,6 +117,16 @@ int near(double want, double got, double bound) {
     return isnan(want) ? isnan(got) : want == got || fabs(got - want) <= bound;
 }
 
+int code_at(const int8_t *q, size_t i, int bits, enum wide wide) {
+    const int8_t *group = q + i / GROUP * GROUP * (size_t)bits / 8;
+    const size_t c = i % GROUP;
+    int16_t pairs[GROUP];
+    if (bits == 8) return group[c];
+    if (wide == PLANES) return 256 * group[c] + group[GROUP + c];
+    memcpy(pairs, group, sizeof pairs);
+    return pairs[c / 4 * 4 + c % 2 * 2 + c % 4 / 2];
+}
+
 // ---- matmul
 
 enum { N_KINDS = LLAMA_Q4E + 1 };
@@ -164,23 +174,29 @@ static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum 
     return data;
 }
 
-/* Both forms of an input: x, and its codes. */
-static struct input make_input(size_t n, size_t columns, enum scene scene) {
-    size_t groups = (columns + GROUP - 1) / GROUP, stride = columns + 3;
-    float *x = guarded((n * stride - 3) * sizeof *x), *d = guarded(n * groups * sizeof *d);
-    int8_t *q = guarded(n * groups * GROUP);
+/* The input's codes as a set of kernels makes them; rows lie STRIDE apart, with NaN between. */
+static struct input quantized(const struct kernels *k, const float *x, size_t n, size_t columns,
+                              size_t stride, int bits) {
+    const size_t groups = (columns + GROUP - 1) / GROUP, bytes = groups * GROUP * (size_t)bits / 8;
+    float *d = guarded(n * groups * sizeof *d);
+    int8_t *q = guarded(n * bytes);
     int32_t *sum = guarded(n * groups * sizeof *sum);
-    for (size_t t = 0; t < n; t++) {
+    for (size_t t = 0; t < n; t++)
+        k->quantize_row(x + t * stride, columns, bits, q + t * bytes, d + t * groups,
+                        sum + t * groups);
+    return (struct input){n, columns, x, stride, bits, q, d, sum};
+}
+
+static float *make_x(size_t n, size_t columns, size_t stride, enum scene scene) {
+    float *x = guarded((n * stride - (stride - columns)) * sizeof *x);
+    for (size_t t = 0; t < n; t++)
         for (size_t c = 0; c < columns; c++)
             x[t * stride + c] =
                 scene == SPECIAL && random_bits() % 100 == 0              ? special()
                 : scene == LOW || scene == LOWEST || scene == HIGH_LOW ? -3.f
                 : scene == HIGH || scene == LOW_HIGH                    ? 3.f
                                                                         : uniform();
-        sets[n_sets - 1]->quantize_row(x + t * stride, columns, q + t * groups * GROUP,
-                                       d + t * groups, sum + t * groups);
-    }
-    return (struct input){n, columns, x, stride, q, d, sum};
+    return x;
 }
 
 /* The scalar result against a sum in double, whose terms' sizes give the bound. */
@@ -195,7 +211,8 @@ static void check_scalar_matmul(uint32_t kind, const struct matmul *m, size_t st
             for (size_t c = 0; c < in->columns; c++) {
                 double x = kind < 3 ? in->x[t * in->x_stride + c]
                                     : (double)in->d[t * groups + c / GROUP]
-                                          * in->q[t * groups * GROUP + c];
+                                          * code_at(in->q, t * groups * GROUP + c, in->bits,
+                                                    sets[n_sets - 1]->wide);
                 sum += w[c] * x;
                 size += fabs(w[c] * x);
             }
@@ -208,9 +225,13 @@ static void check_scalar_matmul(uint32_t kind, const struct matmul *m, size_t st
           strips * TILE_ROWS, in->columns, in->n, bad);
 }
 
-static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, enum scene scene) {
+/* BITS: of a quantised kind's input; 8 for the others. */
+static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, int bits,
+                        enum scene scene) {
     char what[128];
-    struct input in = make_input(n, columns, scene);
+    const size_t x_stride = columns + 3;
+    const float *x = make_x(n, columns, x_stride, scene);
+    struct input in = quantized(sets[n_sets - 1], x, n, columns, x_stride, bits);
     size_t stride = strips * TILE_ROWS + 5, size = n * stride - 5;
     float *want = guarded(size * sizeof *want);
     struct matmul m = {make_weights(kind, strips, columns, scene),
@@ -219,10 +240,11 @@ static void test_matmul(uint32_t kind, size_t strips, size_t columns, size_t n, 
     matmul_of(sets[n_sets - 1], kind)(&m, 0, strips);
     if (scene != SPECIAL && scene != HUGE_SCALES)
         check_scalar_matmul(kind, &m, strips);
-    snprintf(what, sizeof what, "matmul_%s %zu strips, %zu columns, %zu tokens, %s",
-             kind_find(kind)->name, strips, columns, n, scene_names[scene]);
+    snprintf(what, sizeof what, "matmul_%s %zu strips, %zu columns, %zu tokens of %d bits, %s",
+             kind_find(kind)->name, strips, columns, n, bits, scene_names[scene]);
     for (size_t i = 0; i + 1 < n_sets; i++) {
         matmul_entry *entry = matmul_of(sets[i], kind);
+        in = quantized(sets[i], x, n, columns, x_stride, bits);
         m.y = guarded(size * sizeof *m.y);
         entry(&m, 0, strips);
         same(sets[i]->isa, what, want, m.y, size);
@@ -240,14 +262,16 @@ static void test_matmuls(void) {
     const size_t most = quick > 1 ? 3000 : quick ? 30000 : 300000; // scalar.c takes its time
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {
         if (!kind_find(kind) || kind_find(kind)->rotated) continue; // the same kernels
-        for (size_t s = 0; s < 5; s++)
-            for (size_t c = 0; c < 8; c++)
+        for (int bits = 8; bits <= (kind_find(kind)->columns > 1 ? 16 : 8); bits += 8) {
+            for (size_t s = 0; s < 5; s++)
+                for (size_t c = 0; c < 8; c++)
+                    for (size_t n = 0; n < 9; n++)
+                        if (strips[s] * columns[c] * tokens[n] < most)
+                            test_matmul(kind, strips[s], columns[c], tokens[n], bits, PLAIN);
+            for (int scene = LOW; scene < N_SCENES && quick < 2; scene++)
                 for (size_t n = 0; n < 9; n++)
-                    if (strips[s] * columns[c] * tokens[n] < most)
-                        test_matmul(kind, strips[s], columns[c], tokens[n], PLAIN);
-        for (int scene = LOW; scene < N_SCENES && quick < 2; scene++)
-            for (size_t n = 0; n < 9; n++)
-                test_matmul(kind, 3, n % 2 ? 100 : 576, tokens[n], (enum scene)scene);
+                    test_matmul(kind, 3, n % 2 ? 100 : 576, tokens[n], bits, (enum scene)scene);
+        }
     }
 }
 
@@ -258,14 +282,15 @@ static void nothing(void) {}
 /* Whatever stands in struct kernels must have a test: the checks fail for a set whose entry does
  * nothing, one entry after the other. */
 static void test_tests(void) {
-    enum { ENTRIES = (sizeof(struct kernels) - sizeof(char *)) / sizeof(&nothing) };
+    enum { FIRST = offsetof(struct kernels, matmul_f32),
+           ENTRIES = (sizeof(struct kernels) - FIRST) / sizeof(&nothing) };
     const struct kernels *const scalar = sets[n_sets - 1], *const first = sets[0];
     const size_t n = n_sets;
     const int before = quick;
     for (size_t i = 0; i < ENTRIES; i++) {
         struct kernels idle = *scalar;
         void (*entry)(void) = nothing;
-        memcpy((char *)&idle + sizeof(char *) + i * sizeof entry, &entry, sizeof entry);
+        memcpy((char *)&idle + FIRST + i * sizeof entry, &entry, sizeof entry);
         const size_t good = passed, bad = failed;
         quick = 2, n_sets = 2, sets[0] = &idle, sets[1] = scalar;
         test_matmuls(), test_rows(), test_attention(), test_fits();

@@ -99,31 +99,33 @@ static void run_matmul(void *context, size_t part, size_t parts) {
         job->entry(&job->m, s, s + 8 < job->strips ? s + 8 : job->strips);
 }
 
-/* One line: COLUMNS wide, N tokens, as many rows as fill memory (n <= 8) or 768. */
+/* One line: COLUMNS wide, N tokens, as many rows as fill memory (n <= 8) or 768. BITS of a
+ * quantised kind's input, 16 counted twice; 8 for the others. */
 static void bench_matmul(const struct kernels *k, uint32_t kind, size_t columns, size_t n,
-                         size_t threads) {
+                         int bits, size_t threads) {
     void (*entries[])(const struct matmul *, size_t, size_t) = {
         k->matmul_f32, k->matmul_f16, k->matmul_bf16, k->matmul_q8, [LLAMA_Q4] = k->matmul_q4};
     size_t strip = kind_strip_bytes(kind_find(kind), columns), groups = (columns + 31) / 32;
     size_t strips = n <= 8 ? WEIGHT_BYTES / strip : 48;
     float *x = malloc(n * columns * sizeof *x), *d = malloc(n * groups * sizeof *d);
-    int8_t *q = malloc(n * groups * GROUP);
+    const size_t code_bytes = groups * GROUP * (size_t)bits / 8;
+    int8_t *q = malloc(n * code_bytes);
     int32_t *sum = malloc(n * groups * sizeof *sum);
     float *y = malloc(n * strips * TILE_ROWS * sizeof *y);
     fill(x, n * columns, 1);
     for (size_t t = 0; t < n; t++)
-        k->quantize_row(x + t * columns, columns, q + t * groups * 32, d + t * groups,
+        k->quantize_row(x + t * columns, columns, bits, q + t * code_bytes, d + t * groups,
                         sum + t * groups);
-    struct input in = {n, columns, x, columns, q, d, sum};
+    struct input in = {n, columns, x, columns, bits, q, d, sum};
     const int8_t *levels = kind == LLAMA_Q4 ? kind_find(kind)->levels->at : NULL;
     struct matmul_job job = {{weights, strip, &in, y, strips * TILE_ROWS, levels}, strips,
                              entries[kind]};
-    printf("%-12s matmul_%-5s %5zu columns, %3zu tokens:", k->isa, kind_find(kind)->name, columns,
-           n);
+    printf("%-12s matmul_%-5s %5zu columns, %3zu tokens%s:", k->isa, kind_find(kind)->name, columns,
+           n, kind < 3 ? "           " : bits == 8 ? " of 8 bits " : " of 16 bits");
     for (int all = 0; all < 2; all++) {
         double time = seconds_of(run_matmul, &job, all ? threads : 1);
-        double rate = (n == 1 ? (double)(strips * strip)
-                              : (double)(strips * TILE_ROWS * columns * n)) / time;
+        double products = (double)(strips * TILE_ROWS * columns * n) * bits / 8;
+        double rate = (n == 1 ? (double)(strips * strip) : products) / time;
         double limit = n == 1 ? limits[all].bandwidth : kind < 3 ? limits[all].fma
                                                                  : limits[all].dot;
         printf("  %7.1f %s %3.0f%%", rate * 1e-9, n == 1 ? "GB/s" : "GMAC/s",
@@ -162,7 +164,7 @@ static void run_row(void *context, size_t part, size_t parts) {
         case 0: k->attend_f32(&a); break;
         case 1: k->attend_f16(&a); break;
         case 2: k->attend_q8(&a); break;
-        case 3: k->quantize_row(j->x, ROW, j->codes, j->y, j->sum); break;
+        case 3: k->quantize_row(j->x, ROW, 8, j->codes, j->y, j->sum); break;
         case 4: k->rms_norm(j->out, j->x, j->y, 8 * HEAD_DIM, 1e-5f); break;
         case 5: k->rope(j->out, j->x, j->y, HEAD_DIM); break;
         case 6: k->swiglu(j->y, j->x, ROW); break;
@@ -216,15 +218,18 @@ void kernels_bench(const char *isa) {
             continue;
         measure_limits(sets[i]->isa, threads);
         for (size_t j = 0; j < N_KINDS; j++)
-            bench_matmul(sets[i], kinds[j], 4096, 1, threads);
-        for (size_t j = N_FLOATS; j < N_KINDS; j++) {
-            bench_matmul(sets[i], kinds[j], 576, 1, threads);
-            bench_matmul(sets[i], kinds[j], 4096, 8, threads);
-        }
-        for (size_t j = 0; j < N_KINDS; j++) {
-            bench_matmul(sets[i], kinds[j], 4096, 64, threads);
-            bench_matmul(sets[i], kinds[j], 4096, 512, threads);
-        }
+            for (int bits = 8; bits <= (j < N_FLOATS ? 8 : 16); bits += 8)
+                bench_matmul(sets[i], kinds[j], 4096, 1, bits, threads);
+        for (size_t j = N_FLOATS; j < N_KINDS; j++)
+            for (int bits = 8; bits <= 16; bits += 8) {
+                bench_matmul(sets[i], kinds[j], 576, 1, bits, threads);
+                bench_matmul(sets[i], kinds[j], 4096, 8, bits, threads);
+            }
+        for (size_t j = 0; j < N_KINDS; j++)
+            for (int bits = 8; bits <= (j < N_FLOATS ? 8 : 16); bits += 8) {
+                bench_matmul(sets[i], kinds[j], 4096, 64, bits, threads);
+                bench_matmul(sets[i], kinds[j], 4096, 512, bits, threads);
+            }
         bench_rows(sets[i]);
     }
     free(weights);

@@ -17,6 +17,9 @@ void same(const char *isa, const char *what, const float *want, const float *got
 /* |got - want| <= bound, infinities and NaN alike. */
 int near(double want, double got, double bound);
 
+/* Code I of a row of codes of BITS whose 16-bit groups lie as WIDE says. */
+int code_at(const int8_t *q, size_t i, int bits, enum wide wide);
+
 /* Memory full of NaN whose end is followed by a page that may not be touched. */
 void *guarded(size_t bytes);
 void release_all(void);

@@ -26,35 +26,43 @@ static float *copy_row(const float *x, size_t n) {
     return memcpy(guarded(n * sizeof *x), x, n * sizeof *x);
 }
 
-static void test_quantize_row(size_t n, int scene) {
-    size_t groups = (n + GROUP - 1) / GROUP, wrong = 0;
+static void test_quantize_row(size_t n, int bits, int scene) {
+    size_t groups = (n + GROUP - 1) / GROUP, bytes = groups * GROUP * (size_t)bits / 8, wrong = 0;
+    const double half = bits == 8 ? 0.5001 : 0.51; // x * (c / a) is rounded twice
+    const enum wide wide = sets[n_sets - 1]->wide;
     const float *x = make_row(n, scene);
-    int8_t *q = guarded(groups * GROUP);
+    int8_t *q = guarded(bytes);
     float *d = guarded(groups * sizeof *d);
     int32_t *sum = guarded(groups * sizeof *sum);
-    sets[n_sets - 1]->quantize_row(x, n, q, d, sum);
+    sets[n_sets - 1]->quantize_row(x, n, bits, q, d, sum);
     for (size_t i = 0; i < groups * GROUP; i++) {
-        float scale = d[i / GROUP];
-        wrong += i >= n            ? q[i] != 0
-                 : isnan(scale)    ? q[i] != 0
-                 : scale == 0      ? q[i] != 0 || !(fabsf(x[i]) < 0x1p-100f)
-                 : scene == HALVES ? q[i] != rintf(x[i])
-                                   : fabs(x[i] / (double)scale - q[i]) > 0.5001;
-        sum[i / GROUP] -= q[i];
+        const float scale = d[i / GROUP];
+        const int code = code_at(q, i, bits, wide);
+        wrong += i >= n            ? code != 0
+                 : isnan(scale)    ? code != 0
+                 : scale == 0      ? code != 0 || !(fabsf(x[i]) < 0x1p-100f)
+                 : scene == HALVES ? code != rintf(x[i] * (bits == 8 ? 1 : 256))
+                                   : fabs(x[i] / (double)scale - code) > half;
+        sum[i / GROUP] -= code;
     }
     for (size_t g = 0; g < groups; g++)
         wrong += sum[g] != 0;
-    check(wrong == 0, "scalar quantize_row %zu, scene %d: %zu wrong", n, scene, wrong);
+    check(wrong == 0, "scalar quantize_row %zu, %d bits, scene %d: %zu wrong", n, bits, scene,
+          wrong);
     for (size_t i = 0; i < groups * GROUP; i++)
-        sum[i / GROUP] += q[i];
+        sum[i / GROUP] += code_at(q, i, bits, wide);
     for (size_t i = 0; i + 1 < n_sets; i++) {
-        int8_t *q2 = guarded(groups * GROUP);
+        int8_t *q2 = guarded(bytes);
+        size_t differ = 0;
         float *d2 = guarded(groups * sizeof *d2);
         int32_t *sum2 = guarded(groups * sizeof *sum2);
-        sets[i]->quantize_row(x, n, q2, d2, sum2);
+        sets[i]->quantize_row(x, n, bits, q2, d2, sum2);
         same(sets[i]->isa, "quantize_row d", d, d2, groups);
-        check(memcmp(q, q2, groups * GROUP) == 0 && memcmp(sum, sum2, groups * sizeof *sum) == 0,
-              "%s quantize_row %zu, scene %d: codes differ", sets[i]->isa, n, scene);
+        for (size_t j = 0; j < groups * GROUP; j++)
+            differ += code_at(q, j, bits, wide) != code_at(q2, j, bits, sets[i]->wide);
+        check(differ == 0 && memcmp(sum, sum2, groups * sizeof *sum) == 0,
+              "%s quantize_row %zu, %d bits, scene %d: %zu codes differ", sets[i]->isa, n, bits,
+              scene, differ);
     }
 }
 
@@ -213,7 +221,8 @@ static void test_rotate_row(size_t n, int scene) {
 void test_rows(void) {
     for (int i = 0; i < N_LENGTHS; i++)
         for (int scene = 0; scene < (quick < 2 ? N_ROW_SCENES : 1); scene++) {
-            test_quantize_row(lengths[i], scene);
+            test_quantize_row(lengths[i], 8, scene);
+            test_quantize_row(lengths[i], 16, scene);
             release_all();
             test_norm(lengths[i], scene);
             release_all();

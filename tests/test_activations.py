@@ -1,4 +1,4 @@
-"""What meets quantised weights is rounded too: to 8 bits a group, or 16 in two passes.
+"""What meets quantised weights is rounded too: to 8 bits a group, or 16.
 
 The right answer is the same weights, decoded to f32, in exact arithmetic: then only the
 activations' rounding differs.

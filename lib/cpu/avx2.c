@@ -13,8 +13,20 @@
 #include <string.h>
 
 /* Register blocks, of 16 registers: 1 strip by 6 tokens of floats, 1 by 4 of codes, whose sums as
- * floats wait in L1. */
+ * floats wait in L1. Of 16-bit codes in planes the integers are two sums a token: 1 by 2. */
 enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 6, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4 };
+#if defined(__AVXVNNI__)
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#elif defined(__AVX512VNNI__)
+#define DPBUSD _mm256_dpbusd_epi32
+#endif
+#if defined(DPBUSD)
+static const enum wide WIDE = PLANES;
+enum { WIDE_TOKENS = 2, WIDE_ONCE = 2 };
+#else
+static const enum wide WIDE = PAIRS;
+enum { WIDE_TOKENS = 4, WIDE_ONCE = 4 };
+#endif
 
 enum { VALUE_LANES = 8, VALUE_WIDTH = 2, MOST_QUERIES = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
@@ -153,12 +165,7 @@ INLINE __m256i codes(const uint8_t *block, int j, int h, __m256i levels, enum st
 }
 
 /* s + the dot products of each lane's four weight codes with the four bytes of A. */
-#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
-#if defined(__AVXVNNI__)
-#define DPBUSD _mm256_dpbusd_avx_epi32
-#else
-#define DPBUSD _mm256_dpbusd_epi32
-#endif
+#if defined(DPBUSD)
 /* vpdpbusd wants one factor unsigned: codes go OFFSET higher, and OFFSET times the sum of the
  * group's a is taken away before (first_sum). */
 enum { OFFSET = 128 };
@@ -181,10 +188,12 @@ INLINE __m256i shifts(const uint8_t *block, int h) {
     return _mm256_add_epi32(d, _mm256_set1_epi32(Q4_LEAST_SHIFT - OFFSET));
 }
 
-/* Where a group's sum starts, SUM being that of its a, at most 32 * 127: 16 bits are enough. */
-INLINE __m256i first_sum(__m256i shift, int32_t sum, enum store kind) {
+/* Where a group's sum starts, SUM being that of its a: of 8-bit ones at most 32 * 127, for which 16
+ * bits are enough. */
+INLINE __m256i first_sum(__m256i shift, int32_t sum, enum store kind, const int bits) {
     if (kind == Q8) return _mm256_set1_epi32(-OFFSET * sum);
-    return _mm256_madd_epi16(shift, _mm256_set1_epi32(sum & 0xffff));
+    if (bits == 8) return _mm256_madd_epi16(shift, _mm256_set1_epi32(sum & 0xffff));
+    return _mm256_mullo_epi32(shift, _mm256_set1_epi32(sum));
 }
 
 INLINE __m256 scales(const uint8_t *block, int h, enum store kind) {
@@ -200,15 +209,23 @@ INLINE __m256i broadcast4(const int8_t *q) {
     return _mm256_set1_epi32(four);
 }
 
+/* With the int16 pairs that the even and the odd bytes meet. */
+INLINE __m256i dot_pairs(__m256i s, __m256i w, const int8_t *q) {
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+    s = _mm256_add_epi32(s, _mm256_madd_epi16(even, broadcast4(q)));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_srai_epi16(w, 8), broadcast4(q + 4)));
+}
+
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T) {
-    const int H = 2 * S;
+                        const int bits, const int S, const int T) {
+    const int H = 2 * S, planes = bits == 16 && WIDE == PLANES ? 2 : 1;
     const struct input *in = m->in;
     const size_t groups = count_groups(in), token = at->token * groups;
+    const size_t group_bytes = GROUP * (size_t)bits / 8;
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m256 acc[MOST_SUMS];
-    __m256i sum[MOST_SUMS], w[MOST_HALVES], shift[MOST_HALVES];
+    __m256i sum[MOST_SUMS], high[MOST_SUMS], w[MOST_HALVES], shift[MOST_HALVES];
     const __m256i levels = kind == Q4 ? levels_of(m) : _mm256_setzero_si256();
     UNROLL for (int i = 0; i < H * T; i++)
         acc[i] = at->from ? _mm256_loadu_ps(half_sums(m, at, i % H, i / H)) : broadcast(0);
@@ -219,17 +236,26 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         UNROLL for (int h = 0; h < H; h++)
             shift[h] = kind == Q4 ? shifts(block + h / 2 * m->strip_bytes, h % 2)
                                   : _mm256_setzero_si256();
-        UNROLL for (int i = 0; i < H * T; i++)
-            sum[i] = first_sum(shift[i % H], in->sum[token + i / H * groups + g], kind);
+        UNROLL for (int i = 0; i < H * T; i++) {
+            sum[i] = first_sum(shift[i % H], in->sum[token + i / H * groups + g], kind, bits);
+            high[i] = _mm256_setzero_si256();
+        }
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int h = 0; h < H; h++)
                 w[h] = codes(block + h / 2 * m->strip_bytes, j, h % 2, levels, kind);
-            UNROLL for (int t = 0; t < T; t++) {
-                __m256i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
-                UNROLL for (int h = 0; h < H; h++)
-                    sum[t * H + h] = dot(sum[t * H + h], w[h], a);
+            UNROLL for (int i = 0; i < H * T; i++) {
+                const int8_t *q = in->q + (token + i / H * groups + g) * group_bytes;
+                if (bits == 16 && WIDE == PAIRS) {
+                    sum[i] = dot_pairs(sum[i], w[i % H], q + 8 * j);
+                    continue;
+                }
+                if (planes == 2) high[i] = dot(high[i], w[i % H], broadcast4(q + 4 * j));
+                sum[i] = dot(sum[i], w[i % H], broadcast4(q + (planes - 1) * GROUP + 4 * j));
             }
         }
+        if (planes == 2)
+            UNROLL for (int i = 0; i < H * T; i++)
+                sum[i] = _mm256_add_epi32(sum[i], _mm256_slli_epi32(high[i], 8));
         UNROLL for (int i = 0; i < H * T; i++) {
             const int h = i % H, t = i / H;
             __m256 scale = scales(block + h / 2 * m->strip_bytes, h % 2, kind);
@@ -244,10 +270,25 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
 
 // ---- one row at a time
 
+/* The sum of the eight. */
+INLINE int32_t add_all(__m256i v) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+/* Bytes of columns 0 to 15 and 16 to 31 of a group, from 16 bits each, after packing within 128
+ * bits left 4-byte pieces 0 2 4 6 | 1 3 5 7. */
+INLINE __m256i pack(__m256i first, __m256i second) {
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second),
+                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 /* One whole group. */
-INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum) {
+INLINE void quantize_group(const float *x, int bits, int8_t *q, float *d, int32_t *sum) {
+    const float most_code = bits == 8 ? 127 : 127 * 256;
     __m256 v[4], most = broadcast(0), finite = broadcast(0);
-    __m256i code[4];
+    __m256i code[4], half[2], high[2];
     UNROLL for (int i = 0; i < 4; i++) {
         v[i] = _mm256_loadu_ps(x + 8 * i);
         most = _mm256_max_ps(most, absolute(v[i]));
@@ -257,33 +298,29 @@ INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum) {
     int ordered = _mm256_movemask_ps(_mm256_cmp_ps(finite, finite, _CMP_ORD_Q)) == 0xff;
     float largest = max_lane(most);
     *sum = 0;
-    *d = !ordered ? NAN : largest < 0x1p-100f ? 0 : largest / 127;
+    *d = !ordered ? NAN : largest < 0x1p-100f ? 0 : largest / most_code;
     if (!ordered || largest < 0x1p-100f) {
-        memset(q, 0, GROUP);
+        memset(q, 0, GROUP * (size_t)bits / 8);
         return;
     }
     UNROLL for (int i = 0; i < 4; i++) // half to even
-        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], broadcast(127 / largest)));
-    __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
-    // packing works within 128 bits: 4-byte pieces 0 2 4 6 | 1 3 5 7 go back in order
-    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
-                                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((void *)q, bytes);
-    __m256i sums = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-}
-
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
-    float rest[GROUP] = {0};
-    size_t whole = n / GROUP;
-    for (size_t g = 0; g < whole; g++)
-        quantize_group(x + g * GROUP, q + g * GROUP, d + g, sum + g);
-    if (n % GROUP) {
-        memcpy(rest, x + whole * GROUP, n % GROUP * sizeof *rest);
-        quantize_group(rest, q + whole * GROUP, d + whole, sum + whole);
+        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], broadcast(most_code / largest)));
+    *sum = add_all(_mm256_add_epi32(_mm256_add_epi32(code[0], code[1]),
+                                    _mm256_add_epi32(code[2], code[3])));
+    UNROLL for (int i = 0; i < 2; i++) { // packing within 128 bits leaves 8-byte pieces 0 2 1 3
+        half[i] = _mm256_packs_epi32(code[2 * i], code[2 * i + 1]);
+        if (bits == 16 && WIDE == PAIRS) { // in order, but that columns 1 and 2 of four are not
+            __m256i pairs = _mm256_permute4x64_epi64(half[i], 0xd8);
+            pairs = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(pairs, 0xd8), 0xd8);
+            _mm256_storeu_si256((void *)(q + GROUP * i), pairs);
+        } else if (bits == 16) {
+            high[i] = _mm256_srai_epi16(_mm256_add_epi16(half[i], _mm256_set1_epi16(128)), 8);
+            half[i] = _mm256_sub_epi16(half[i], _mm256_slli_epi16(high[i], 8));
+        }
     }
+    if (bits == 16 && WIDE == PAIRS) return;
+    if (bits == 16) _mm256_storeu_si256((void *)q, pack(high[0], high[1]));
+    _mm256_storeu_si256((void *)(bits == 16 ? q + GROUP : q), pack(half[0], half[1]));
 }
 
 INLINE __m256 rotate8(__m256 v) {
@@ -341,11 +378,7 @@ static void rope(float *x, const float *cos, const float *sin, size_t n) {
         // even lanes: a cos - b sin; odd lanes: a sin + b cos
         _mm256_storeu_ps(x + i, _mm256_fmaddsub_ps(a, cs, _mm256_mul_ps(b, sc)));
     }
-    for (; i < n; i += 2) {
-        float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
-        x[i] = fmaf(a, c, -(b * s));
-        x[i + 1] = fmaf(a, s, b * c);
-    }
+    rope_rest(x, cos, sin, i, n);
 }
 
 static void swiglu(float *gate, const float *up, size_t n) {

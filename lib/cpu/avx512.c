@@ -7,15 +7,22 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "exp.h"
 #include "kernels.h"
-#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
 /* Register blocks, of 32 registers: 4 strips by 6 tokens of floats, whose 10 loads feed 24 fma (95%
  * of the FMA peak; 2 by 12 had 14, and twelve rows a power of two apart fight for the 8 ways of
- * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats; or 1 by 8. */
+ * L1: 83%); 2 by 6 of codes, whose sums are kept twice, as integers and as floats; or 1 by 8. Of
+ * 16-bit codes in planes the integers are two sums a token: 2 by 4. */
 enum { FLOAT_STRIPS = 4, FLOAT_TOKENS = 6, GROUP_STRIPS = 2, GROUP_TOKENS = 6, GROUP_ONCE = 8 };
+#if defined(__AVX512VNNI__)
+static const enum wide WIDE = PLANES;
+enum { WIDE_TOKENS = 4, WIDE_ONCE = 8 };
+#else
+static const enum wide WIDE = PAIRS;
+enum { WIDE_TOKENS = 6, WIDE_ONCE = 8 };
+#endif
 
 enum { VALUE_LANES = 16, VALUE_WIDTH = 4, MOST_QUERIES = 8 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
@@ -135,18 +142,21 @@ INLINE __m512i codes(const uint8_t *block, int j, __m512i levels, enum store kin
 #endif
 }
 
-/* What each row of a q4 block adds to its levels, less OFFSET, in the lower half of its lane. */
-INLINE __m512i shifts(const uint8_t *block) {
+/* What each row of a q4 block adds to its levels, less OFFSET; for 8-bit a in the lower half of
+ * its lane. */
+INLINE __m512i shifts(const uint8_t *block, const int bits) {
     __m256i d = _mm256_loadu_si256((const void *)block);
     d = _mm256_and_si256(d, _mm256_set1_epi16(Q4_SHIFT_BITS));
     d = _mm256_add_epi16(_mm256_add_epi16(d, d), _mm256_set1_epi16(Q4_LEAST_SHIFT - OFFSET));
-    return _mm512_cvtepu16_epi32(d);
+    return bits == 8 ? _mm512_cvtepu16_epi32(d) : _mm512_cvtepi16_epi32(d);
 }
 
-/* Where a group's sum starts, SUM being that of its a, at most 32 * 127: 16 bits are enough. */
-INLINE __m512i first_sum(__m512i shift, int32_t sum, enum store kind) {
+/* Where a group's sum starts, SUM being that of its a: of 8-bit ones at most 32 * 127, for which 16
+ * bits are enough. */
+INLINE __m512i first_sum(__m512i shift, int32_t sum, enum store kind, const int bits) {
     if (kind == Q8) return _mm512_set1_epi32(-OFFSET * sum);
-    return _mm512_madd_epi16(shift, _mm512_set1_epi32(sum));
+    if (bits == 8) return _mm512_madd_epi16(shift, _mm512_set1_epi32(sum));
+    return _mm512_mullo_epi32(shift, _mm512_set1_epi32(sum));
 }
 
 INLINE __m512 scales(const uint8_t *block, enum store kind) {
@@ -162,14 +172,23 @@ INLINE __m512i broadcast4(const int8_t *q) {
     return _mm512_set1_epi32(four);
 }
 
+/* With the int16 pairs that the even and the odd bytes meet. */
+INLINE __m512i dot_pairs(__m512i s, __m512i w, const int8_t *q) {
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8);
+    s = _mm512_add_epi32(s, _mm512_madd_epi16(even, broadcast4(q)));
+    return _mm512_add_epi32(s, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), broadcast4(q + 4)));
+}
+
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T) {
+                        const int bits, const int S, const int T) {
     const struct input *in = m->in;
+    const int planes = bits == 16 && WIDE == PLANES ? 2 : 1;
     const size_t groups = count_groups(in), token = at->token * groups;
+    const size_t group_bytes = GROUP * (size_t)bits / 8;
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     __m512 acc[MOST_SUMS];
-    __m512i sum[MOST_SUMS], w[MOST_STRIPS], shift[MOST_STRIPS];
+    __m512i sum[MOST_SUMS], high[MOST_SUMS], w[MOST_STRIPS], shift[MOST_STRIPS];
     const __m512i levels = kind == Q4 ? levels_of(m) : _mm512_setzero_si512();
     UNROLL for (int i = 0; i < S * T; i++)
         acc[i] = at->from ? _mm512_loadu_ps(sums_at(m, at, i % S, i / S)) : _mm512_setzero_ps();
@@ -178,18 +197,28 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
             UNROLL for (int s = 0; s < S; s++)
                 fetch(block + s * m->strip_bytes + at->ahead, bytes);
         UNROLL for (int s = 0; s < S; s++)
-            shift[s] = kind == Q4 ? shifts(block + s * m->strip_bytes) : _mm512_setzero_si512();
-        UNROLL for (int i = 0; i < S * T; i++)
-            sum[i] = first_sum(shift[i % S], in->sum[token + i / S * groups + g], kind);
+            shift[s] = kind == Q4 ? shifts(block + s * m->strip_bytes, bits)
+                                  : _mm512_setzero_si512();
+        UNROLL for (int i = 0; i < S * T; i++) {
+            sum[i] = first_sum(shift[i % S], in->sum[token + i / S * groups + g], kind, bits);
+            high[i] = _mm512_setzero_si512();
+        }
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int s = 0; s < S; s++)
                 w[s] = codes(block + s * m->strip_bytes, j, levels, kind);
-            UNROLL for (int t = 0; t < T; t++) {
-                __m512i a = broadcast4(in->q + (token + t * groups + g) * GROUP + 4 * j);
-                UNROLL for (int s = 0; s < S; s++)
-                    sum[t * S + s] = dot(sum[t * S + s], w[s], a);
+            UNROLL for (int i = 0; i < S * T; i++) {
+                const int8_t *q = in->q + (token + i / S * groups + g) * group_bytes;
+                if (bits == 16 && WIDE == PAIRS) {
+                    sum[i] = dot_pairs(sum[i], w[i % S], q + 8 * j);
+                    continue;
+                }
+                if (planes == 2) high[i] = dot(high[i], w[i % S], broadcast4(q + 4 * j));
+                sum[i] = dot(sum[i], w[i % S], broadcast4(q + (planes - 1) * GROUP + 4 * j));
             }
         }
+        if (planes == 2)
+            UNROLL for (int i = 0; i < S * T; i++)
+                sum[i] = _mm512_add_epi32(sum[i], _mm512_slli_epi32(high[i], 8));
         UNROLL for (int s = 0; s < S; s++) {
             __m512 d = scales(block + s * m->strip_bytes, kind);
             UNROLL for (int t = 0; t < T; t++) {
@@ -205,29 +234,43 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
 
 // ---- one row at a time
 
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
-    const __m512 largest_finite = _mm512_set1_ps(FLT_MAX);
-    for (size_t i = 0, g = 0; i < n; i += GROUP, g++) {
-        __m512 a = load16(x, i, F32, lanes_below(n - i));
-        __m512 b = load16(x, i + 16, F32, n - i > 16 ? lanes_below(n - i - 16) : 0);
-        __m512 most = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-        int finite = _mm512_cmp_ps_mask(_mm512_abs_ps(a), largest_finite, _CMP_LE_OQ) == ALL
-                     && _mm512_cmp_ps_mask(_mm512_abs_ps(b), largest_finite, _CMP_LE_OQ) == ALL;
-        float largest = _mm512_reduce_max_ps(most);
-        if (!finite || largest < 0x1p-100f) {
-            memset(q + i, 0, GROUP);
-            d[g] = finite ? 0 : NAN;
-            sum[g] = 0;
-            continue;
-        }
-        __m512 scale = _mm512_set1_ps(127 / largest);
-        __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(a, scale)); // half to even
-        __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(b, scale));
-        _mm_storeu_si128((void *)(q + i), _mm512_cvtepi32_epi8(low));
-        _mm_storeu_si128((void *)(q + i + 16), _mm512_cvtepi32_epi8(high));
-        d[g] = largest / 127;
-        sum[g] = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+/* The codes of a group of 16 bits, columns 0 to 15 and 16 to 31, as the set wants them. */
+INLINE void store_wide(int8_t *q, __m512i a, __m512i b) {
+    __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
+                                       _mm512_cvtepi32_epi16(b), 1);
+    if (WIDE == PAIRS) { // columns 1 and 2 of four change places
+        words = _mm512_shufflelo_epi16(words, 0xd8);
+        _mm512_storeu_si512(q, _mm512_shufflehi_epi16(words, 0xd8));
+        return;
     }
+    __m512i high = _mm512_srai_epi16(_mm512_add_epi16(words, _mm512_set1_epi16(128)), 8);
+    _mm256_storeu_si256((void *)q, _mm512_cvtepi16_epi8(high));
+    _mm256_storeu_si256((void *)(q + GROUP), _mm512_cvtepi16_epi8(words)); // the low bytes
+}
+
+/* One whole group. */
+INLINE void quantize_group(const float *x, int bits, int8_t *q, float *d, int32_t *sum) {
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+    const __m512 most = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+    const __m512 finite = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b)); // 0, or NaN
+    const int ordered = _mm512_cmp_ps_mask(finite, finite, _CMP_ORD_Q) == ALL;
+    const float largest = _mm512_reduce_max_ps(most), most_code = bits == 8 ? 127 : 127 * 256;
+    *sum = 0;
+    *d = !ordered ? NAN : largest < 0x1p-100f ? 0 : largest / most_code;
+    if (!ordered || largest < 0x1p-100f) {
+        memset(q, 0, GROUP * (size_t)bits / 8);
+        return;
+    }
+    const __m512 scale = _mm512_set1_ps(most_code / largest);
+    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(a, scale)); // half to even
+    const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(b, scale));
+    *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    if (bits == 16) {
+        store_wide(q, first, second);
+        return;
+    }
+    _mm_storeu_si128((void *)q, _mm512_cvtepi32_epi8(first));
+    _mm_storeu_si128((void *)(q + 16), _mm512_cvtepi32_epi8(second));
 }
 
 /* Pairs whose members PARTNER brought together; those of MASK are the second ones. */

@@ -7,6 +7,7 @@
 #define BLOCKS_H
 #include "../fit.h"
 #include "kernels.h"
+#include <math.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -55,8 +56,9 @@ INLINE size_t count_groups(const struct input *in) {
 INLINE void float_block(const struct matmul *m, const struct place *at, enum store kind,
                         const int S, const int T);
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T);
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
+                        const int bits, const int S, const int T);
+/* A whole group, as quantize_row of kernels.h has it. */
+INLINE void quantize_group(const float *x, int bits, int8_t *q, float *d, int32_t *sum);
 static void rotate_row(float *out, const float *x, size_t n);
 static void rms_norm(float *out, const float *x, const float *w, size_t n, float eps);
 static void rope(float *x, const float *cos, const float *sin, size_t n);
@@ -66,28 +68,29 @@ static void to_f16(uint16_t *out, const float *x, size_t n);
 
 // ---- matmul
 
-INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int S,
-                  const int T) {
-    if (kind == Q8 || kind == Q4) group_block(m, at, kind, S, T);
+/* BITS: of a quantised kind's input codes; 0 for the others. */
+INLINE void block(const struct matmul *m, const struct place *at, enum store kind, const int bits,
+                  const int S, const int T) {
+    if (bits) group_block(m, at, kind, bits, S, T);
     else float_block(m, at, kind, S, T);
 }
 
 /* All tokens against S strips, in blocks of MOST (up to 8) while they last. */
-INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int S,
-                       const int most) {
+INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind, const int bits,
+                       const int S, const int most) {
     const size_t n = m->in->n;
     for (at.token = 0; n - at.token >= (size_t)most; at.token += most) {
-        block(m, &at, kind, S, most);
+        block(m, &at, kind, bits, S, most);
         at.ahead = 0;
     }
     switch (n - at.token) {
-    case 1: block(m, &at, kind, S, 1); break;
-    case 2: block(m, &at, kind, S, 2); break;
-    case 3: block(m, &at, kind, S, 3); break;
-    case 4: block(m, &at, kind, S, 4); break;
-    case 5: block(m, &at, kind, S, 5); break;
-    case 6: if (most > 6) block(m, &at, kind, S, 6); break;
-    case 7: if (most > 7) block(m, &at, kind, S, 7); break;
+    case 1: if (most > 1) block(m, &at, kind, bits, S, 1); break;
+    case 2: if (most > 2) block(m, &at, kind, bits, S, 2); break;
+    case 3: if (most > 3) block(m, &at, kind, bits, S, 3); break;
+    case 4: if (most > 4) block(m, &at, kind, bits, S, 4); break;
+    case 5: if (most > 5) block(m, &at, kind, bits, S, 5); break;
+    case 6: if (most > 6) block(m, &at, kind, bits, S, 6); break;
+    case 7: if (most > 7) block(m, &at, kind, bits, S, 7); break;
     }
 }
 
@@ -96,12 +99,14 @@ INLINE void all_tokens(const struct matmul *m, struct place at, enum store kind,
  * Many tokens: a piece of a few strips, small enough for L2, meets all of them. In between, where
  * one strip alone can meet them all at once, it does (8 tokens of q4: 7 to 14% more than 6 and 2).
  */
-INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind) {
-    const int quantised = kind == Q8 || kind == Q4, most = quantised ? GROUP_TOKENS : FLOAT_TOKENS;
-    const size_t n = m->in->n, columns = quantised ? count_groups(m->in) : m->in->columns;
-    const int most_strips = quantised ? GROUP_STRIPS : FLOAT_STRIPS;
-    const int few = n <= (size_t)most, once = quantised && !few && n <= GROUP_ONCE;
-    const size_t piece = few || once ? columns : quantised ? GROUP_PIECE : FLOAT_PIECE;
+INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store kind,
+                   const int bits) {
+    const int most = bits == 0 ? FLOAT_TOKENS : bits == 8 ? GROUP_TOKENS : WIDE_TOKENS;
+    const int most_once = bits == 0 ? 0 : bits == 8 ? GROUP_ONCE : WIDE_ONCE;
+    const int most_strips = bits ? GROUP_STRIPS : FLOAT_STRIPS;
+    const size_t n = m->in->n, columns = bits ? count_groups(m->in) : m->in->columns;
+    const int few = n <= (size_t)most, once = !few && n <= (size_t)most_once;
+    const size_t piece = few || once ? columns : bits ? GROUP_PIECE : FLOAT_PIECE;
     const size_t wide = n == 1 || once ? 1 : (size_t)most_strips;
     struct place at = {.strip = first, .to = columns};
     while (at.strip < last) {
@@ -109,32 +114,56 @@ INLINE void matmul(const struct matmul *m, size_t first, size_t last, enum store
         for (at.from = 0; at.from < columns; at.from = at.to) {
             at.to = columns - at.from < piece ? columns : at.from + piece;
             at.ahead = n > 1 && last - at.strip > S ? S * m->strip_bytes : 0;
-            if (once) all_tokens(m, at, kind, 1, GROUP_ONCE);
-            else if (S == (size_t)most_strips) all_tokens(m, at, kind, most_strips, most);
-            else all_tokens(m, at, kind, 1, most);
+            if (once) all_tokens(m, at, kind, bits, 1, most_once);
+            else if (S == (size_t)most_strips) all_tokens(m, at, kind, bits, most_strips, most);
+            else all_tokens(m, at, kind, bits, 1, most);
         }
         at.strip += S;
     }
 }
 
 static void matmul_f32(const struct matmul *m, size_t first, size_t last) {
-    matmul(m, first, last, F32);
+    matmul(m, first, last, F32, 0);
 }
 
 static void matmul_f16(const struct matmul *m, size_t first, size_t last) {
-    matmul(m, first, last, F16);
+    matmul(m, first, last, F16, 0);
 }
 
 static void matmul_bf16(const struct matmul *m, size_t first, size_t last) {
-    matmul(m, first, last, BF16);
+    matmul(m, first, last, BF16, 0);
 }
 
 static void matmul_q8(const struct matmul *m, size_t first, size_t last) {
-    matmul(m, first, last, Q8);
+    if (m->in->bits == 8) matmul(m, first, last, Q8, 8);
+    else matmul(m, first, last, Q8, 16);
 }
 
 static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
-    matmul(m, first, last, Q4);
+    if (m->in->bits == 8) matmul(m, first, last, Q4, 8);
+    else matmul(m, first, last, Q4, 16);
+}
+
+// ---- one row
+
+static void quantize_row(const float *x, size_t n, int bits, int8_t *q, float *d, int32_t *sum) {
+    const size_t whole = n / GROUP, group_bytes = GROUP * (size_t)bits / 8;
+    float rest[GROUP] = {0};
+    for (size_t g = 0; g < whole; g++)
+        quantize_group(x + g * GROUP, bits, q + g * group_bytes, d + g, sum + g);
+    if (n % GROUP) {
+        memcpy(rest, x + whole * GROUP, n % GROUP * sizeof *rest);
+        quantize_group(rest, bits, q + whole * group_bytes, d + whole, sum + whole);
+    }
+}
+
+/* rope for the pairs from I on that no register holds. */
+INLINE void rope_rest(float *x, const float *cos, const float *sin, size_t i, size_t n) {
+    for (; i < n; i += 2) {
+        const float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
+        x[i] = fmaf(a, c, -(b * s));
+        x[i + 1] = fmaf(a, s, b * c);
+    }
 }
 
 // ---- attention
@@ -257,6 +286,7 @@ static void attend_q8(const struct attention *a) {
 
 static void fill_table(struct kernels *k, const char *isa) {
     k->isa = isa;
+    k->wide = WIDE;
     k->matmul_f32 = matmul_f32;
     k->matmul_f16 = matmul_f16;
     k->matmul_bf16 = matmul_bf16;

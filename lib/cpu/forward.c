@@ -18,7 +18,7 @@
 
 /* Scratch holds as many rows as fit in SCRATCH_BYTES: a prompt longer than that runs in parts.
  * More rows a part mean fewer readings of the weights; beyond 512 nothing more is won. */
-enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = MATMUL_ROWS, LEAST_ROWS = 16, LOGIT_ROWS = 16,
+enum { SCRATCH_BYTES = 40 << 20, MOST_ROWS = 512, LEAST_ROWS = 16, LOGIT_ROWS = 16,
        ROOM_BYTES = 8 << 20, MOST_ROOM = 1024 }; // of pieces of attention: half a million positions
 _Static_assert((int)MOST_ROWS <= (int)ATTENTION_ROWS, "attend takes all rows at once");
 
@@ -47,7 +47,7 @@ struct cpu {
     float *y;               // (rows, dim) what output and down add to the stream
     float *cos, *sin;       // (rows, head_dim / 2)
     float *logits;          // (LOGIT_ROWS, outputs)
-    struct multiplier by;   // with one matmul's input as codes, (planes, rows, most columns)
+    struct multiplier by;   // with room for one matmul's input as codes
 };
 
 /* The part of a batch that is being computed, n <= cpu->rows. */
@@ -233,7 +233,7 @@ static float *logits(struct part *p, bool hidden, float *out) {
     const size_t wanted = gather(p, c->x, c->dim);
     struct norming z = {c, c->model->norm};
     struct multiplier by = c->by;
-    by.planes = 2; // the logits feel each rounding, and are few
+    by.bits = 16; // the logits feel each rounding, and are few
     pool_run(c->pool, wanted, 4, norm_range, &z);
     if (hidden || f->head == LLAMA_HEAD_NONE) return put(out, c->normed, wanted, c->dim, f->dim);
     for (size_t i = 0; i < wanted; i += LOGIT_ROWS) {
@@ -425,8 +425,8 @@ static size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / mul
 /* Lays the scratch out from BASE (NULL: only counts); returns its bytes. */
 static size_t lay_out(struct cpu *c, char *base) {
     const size_t r = c->rows, half = c->model->config.head_dim / 2;
-    const size_t layers = r * c->by.planes, head = 2 * LOGIT_ROWS; // rows of codes
-    const size_t codes = layers > head ? layers : head;
+    const size_t layers = r * (size_t)c->by.bits / 8, head = LOGIT_ROWS * 16 / 8;
+    const size_t codes = layers > head ? layers : head, groups = r > LOGIT_ROWS ? r : LOGIT_ROWS;
     size_t widest = c->dim > c->heads ? c->dim : c->heads;
     widest = up_to(widest > c->hidden ? widest : c->hidden, GROUP);
     const struct { void *pointer; size_t bytes; } list[] = {
@@ -439,8 +439,8 @@ static size_t lay_out(struct cpu *c, char *base) {
         {&c->pieces, c->room * c->heads * 4},
         {&c->marks, (r + c->room) * c->model->config.n_heads * sizeof *c->marks},
         {&c->by.codes, codes * widest},
-        {&c->by.scales, codes * widest / GROUP * 4},
-        {&c->by.sums, codes * widest / GROUP * 4},
+        {&c->by.scales, groups * widest / GROUP * 4},
+        {&c->by.sums, groups * widest / GROUP * 4},
     };
     size_t bytes = 0;
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
@@ -480,7 +480,7 @@ static int cpu_open(const struct model *model, const llama_session_options *opti
     c->model = model;
     c->n_layers = options->host_layers ? options->host_layers : f->n_layers;
     c->kernels = kernels_find(options->isa);
-    c->by.planes = info->activations / 8;
+    c->by.bits = info->activations;
     c->kv = (struct kv){
         .kernels = c->kernels,
         .kind = options->kv_kind >= 0  ? (uint32_t)options->kv_kind

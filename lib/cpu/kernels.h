@@ -19,15 +19,24 @@ struct input {
     size_t columns;
     const float *x;      // (n, x_stride)
     size_t x_stride;
-    const int8_t *q;     // (n, groups * GROUP), zeros past the last column
+    int bits;            // of a code: 8 or 16
+    const int8_t *q;     // (n, groups, GROUP * bits / 8), codes of zero past the last column
     const float *d;      // (n, groups)
     const int32_t *sum;  // (n, groups): sum of the group's codes
+};
+
+/* Where the bytes of a group's 16-bit codes lie, as the set's own matmul wants them. */
+enum wide {
+    PLANES,              // (2, GROUP) int8: code = 256 first + second, for products of bytes
+    PAIRS,               // (GROUP / 4, 2, 2) int16: of four columns 0 and 2, then 1 and 3, which
+                         // meet the even and then the odd bytes of a weight's four
 };
 
 /* y[t][r] = sum over columns of w[r][c] * x[t][c], for the strips [first, last) of one matrix.
  * Float kinds: acc = fma(w, x, acc) in rising c from 0.
  * Quantised kinds: for each group in rising order, the exact integer sum s of code * q, q4's code
- * being level + shift, then acc = fma((float)s, scale_w * d_x, acc), from 0.
+ * being level + shift, then acc = fma((float)s, scale_w * d_x, acc), from 0. (Of 16-bit q, s is
+ * at most 32 * 191 * 32512 and may be rounded where it becomes a float: half to even.)
  * All 16 rows of a strip are written: the caller's y has room for whole strips. */
 struct matmul {
     const uint8_t *w;    // the matrix's first strip
@@ -71,16 +80,18 @@ enum { ATTENDING = 64 };      // queries that go through the pages together
 
 struct kernels {
     const char *isa;
+    enum wide wide;
     void (*matmul_f32)(const struct matmul *m, size_t first, size_t last);
     void (*matmul_f16)(const struct matmul *m, size_t first, size_t last);
     void (*matmul_bf16)(const struct matmul *m, size_t first, size_t last);
     void (*matmul_q8)(const struct matmul *m, size_t first, size_t last);
     void (*matmul_q4)(const struct matmul *m, size_t first, size_t last);
 
-    /* x (n) -> q (groups * GROUP), d, sum (groups). Per group: a = max |x|; if a < 2^-100 all is
-     * 0; if any x is NaN or infinite, d = NaN and codes are 0; else d = a / 127 and
-     * q = round half to even(x * (127 / a)). So |q| <= 127. */
-    void (*quantize_row)(const float *x, size_t n, int8_t *q, float *d, int32_t *sum);
+    /* x (n) -> q, d, sum (groups) of 8 or 16 bits, as struct input has them. Per group:
+     * a = max |x|; if a < 2^-100 all is 0; if any x is NaN or infinite, d = NaN and codes are 0;
+     * else, the largest code c being 127 or 127 * 256, d = a / c and
+     * q = round half to even(x * (c / a)). */
+    void (*quantize_row)(const float *x, size_t n, int bits, int8_t *q, float *d, int32_t *sum);
 
     /* x (n) -> out (n), n a multiple of GROUP: each group as rotate_group (quant.h) turns it, times
      * ROTATED_INPUT. */

@@ -2,13 +2,9 @@
  * them all; the kernels do the arithmetic. */
 #include "matmul.h"
 
-enum { SUMS = 32768 }; // floats on a worker's stack: two strips of two planes of MATMUL_ROWS
-_Static_assert(SUMS >= 2 * TILE_ROWS * 2 * MATMUL_ROWS, "product_range takes strips in pairs");
-
 struct products {
     const struct kernels *kernels;
-    struct input in;        // float kinds read x; quantised kinds see planes * n rows of codes
-    size_t planes;
+    struct input in;        // float kinds read x, quantised kinds its codes
     const struct product *list;
     size_t n;
 };
@@ -24,35 +20,13 @@ static void kernel(const struct kernels *k, uint32_t kind, const struct matmul *
     }
 }
 
-/* Strips [first, last) of one product. With two planes each row's number is coarse + fine, so
- * the kernel sees both as rows of their own, weights unpacked once for all of them, and their
- * results meet here, a few strips at a time so that they meet in a near cache. */
+/* Strips [first, last) of one product. */
 static void product_range(const struct products *p, const struct product *to, size_t first,
                           size_t last) {
     const struct matrix *m = to->matrix;
-    const size_t n = p->in.n;
     const int8_t *levels = m->kind->levels ? m->kind->levels->at : NULL;
-    if (p->planes == 1 || m->kind->columns == 1) {
-        const struct matmul job = {m->data, m->strip_bytes, &p->in, to->y, to->y_stride, levels};
-        kernel(p->kernels, m->kind_number, &job, first, last);
-        return;
-    }
-    struct input in = p->in;
-    in.n = 2 * n;
-    float sums[SUMS];       // (2 n, strips * TILE_ROWS)
-    const size_t most = SUMS / (2 * n * TILE_ROWS) / 2 * 2; // kernels like strips in pairs
-    for (size_t strip = first; strip < last; strip += most) {
-        const size_t strips = last - strip < most ? last - strip : most;
-        const size_t width = strips * TILE_ROWS;
-        const struct matmul job = {m->data + strip * m->strip_bytes, m->strip_bytes, &in, sums,
-                                   width, levels};
-        kernel(p->kernels, m->kind_number, &job, 0, strips);
-        for (size_t t = 0; t < n; t++) {
-            float *y = to->y + t * to->y_stride + strip * TILE_ROWS;
-            const float *coarse = sums + t * width, *fine = sums + (n + t) * width;
-            for (size_t r = 0; r < width; r++) y[r] = coarse[r] + fine[r];
-        }
-    }
+    const struct matmul job = {m->data, m->strip_bytes, &p->in, to->y, to->y_stride, levels};
+    kernel(p->kernels, m->kind_number, &job, first, last);
 }
 
 static void products_range(void *context, size_t first, size_t last) {
@@ -82,27 +56,22 @@ struct quantizing {
     int rotated;
 };
 
-/* Row I in codes, and with two planes what they leave over in codes once more. */
+/* Row I in codes. */
 static void quantize_row(const struct quantizing *z, size_t i) {
     enum { PIECE = 16 * GROUP };
     const struct multiplier *by = z->by;
     const size_t groups = (z->columns + GROUP - 1) / GROUP;
     for (size_t start = 0; start < z->columns; start += PIECE) {
         const size_t n = z->columns - start < PIECE ? z->columns - start : PIECE;
+        const size_t group = i * groups + start / GROUP;
         const float *x = z->x + i * z->x_stride + start;
-        float rotated[PIECE], rest[PIECE];
+        float rotated[PIECE];
         if (z->rotated) {
             by->kernels->rotate_row(rotated, x, n);
             x = rotated;
         }
-        for (size_t plane = 0; plane < by->planes; plane++) {
-            const size_t group = (plane * z->n + i) * groups + start / GROUP;
-            int8_t *codes = by->codes + group * GROUP;
-            by->kernels->quantize_row(x, n, codes, by->scales + group, by->sums + group);
-            for (size_t j = 0; j < n && plane + 1 < by->planes; j++)
-                rest[j] = x[j] - by->scales[group + j / GROUP] * (float)codes[j];
-            x = rest;
-        }
+        by->kernels->quantize_row(x, n, by->bits, by->codes + group * GROUP * (size_t)by->bits / 8,
+                                  by->scales + group, by->sums + group);
     }
 }
 
@@ -132,8 +101,7 @@ void matmul(const struct multiplier *by, size_t n, const float *x, size_t x_stri
     }
     struct products p = {
         .kernels = by->kernels,
-        .in = {n, columns, x, x_stride, by->codes, by->scales, by->sums},
-        .planes = by->planes,
+        .in = {n, columns, x, x_stride, by->bits, by->codes, by->scales, by->sums},
         .list = list,
         .n = n_products,
     };

@@ -13,8 +13,11 @@
 #include <string.h>
 
 /* Register blocks, of 32 registers: 1 strip by 5 tokens of floats, 20 sums that 9 loads feed (of 6
- * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1. */
-enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4 };
+ * tokens gcc keeps two of the sums in memory); 1 by 4 of codes, whose sums as floats wait in L1;
+ * 1 by 2 of 16-bit codes, whose integers are two sums a token. */
+enum { FLOAT_STRIPS = 1, FLOAT_TOKENS = 5, GROUP_STRIPS = 1, GROUP_TOKENS = 4, GROUP_ONCE = 4,
+       WIDE_TOKENS = 2, WIDE_ONCE = 2 };
+static const enum wide WIDE = PLANES;
 
 enum { VALUE_LANES = 4, VALUE_WIDTH = 4, MOST_QUERIES = 4 }; // of a page, see blocks.h
 /* What a query carries from page to page. */
@@ -178,14 +181,15 @@ INLINE float32x4_t scales(const uint8_t *block, int h, enum store kind) {
 }
 
 INLINE void group_block(const struct matmul *m, const struct place *at, enum store kind,
-                        const int S, const int T) {
+                        const int bits, const int S, const int T) {
     const int H = 4 * S;
     const struct input *in = m->in;
     const size_t groups = count_groups(in), token = at->token * groups;
+    const size_t group_bytes = GROUP * (size_t)bits / 8;
     const size_t bytes = kind == Q8 ? sizeof(struct block_q8) : sizeof(struct block_q4);
     const uint8_t *block = m->w + at->strip * m->strip_bytes + at->from * bytes;
     float32x4_t acc[MOST_SUMS];
-    int32x4_t sum[MOST_SUMS];
+    int32x4_t sum[MOST_SUMS], high[MOST_SUMS];
     int8x16_t w[MOST_QUARTERS];
     const int8x16_t levels = kind == Q4 ? vld1q_s8(m->levels) : vdupq_n_s8(0);
     UNROLL for (int i = 0; i < H * T; i++)
@@ -197,19 +201,28 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
         UNROLL for (int h = 0; h < H; h++) {
             const int32x4_t shift = kind == Q4 ? shifts(block + h / 4 * m->strip_bytes, h % 4)
                                                : vdupq_n_s32(0);
-            UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int t = 0; t < T; t++) {
                 sum[t * H + h] = vmulq_n_s32(shift, in->sum[token + t * groups + g]);
+                high[t * H + h] = vdupq_n_s32(0);
+            }
         }
         UNROLL for (int j = 0; j < GROUP / 4; j++) {
             UNROLL for (int h = 0; h < H; h++)
                 w[h] = codes(block + h / 4 * m->strip_bytes, j, h % 4, levels, kind);
             UNROLL for (int t = 0; t < T; t++) {
-                const int8_t *q = in->q + (token + t * groups + g) * GROUP;
-                const int8x16_t a = vld1q_s8(q + j / 4 * 16);
+                const int8_t *q = in->q + (token + t * groups + g) * group_bytes + j / 4 * 16;
+                if (bits == 16) {
+                    UNROLL for (int h = 0; h < H; h++)
+                        high[t * H + h] = dot(high[t * H + h], w[h], vld1q_s8(q), j % 4);
+                    q += GROUP;
+                }
                 UNROLL for (int h = 0; h < H; h++)
-                    sum[t * H + h] = dot(sum[t * H + h], w[h], a, j % 4);
+                    sum[t * H + h] = dot(sum[t * H + h], w[h], vld1q_s8(q), j % 4);
             }
         }
+        if (bits == 16)
+            UNROLL for (int i = 0; i < H * T; i++)
+                sum[i] = vaddq_s32(sum[i], vshlq_n_s32(high[i], 8));
         UNROLL for (int h = 0; h < H; h++) {
             const float32x4_t d = scales(block + h / 4 * m->strip_bytes, h % 4, kind);
             UNROLL for (int t = 0; t < T; t++) {
@@ -226,7 +239,8 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
 // ---- one row at a time
 
 /* One whole group. */
-INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum) {
+INLINE void quantize_group(const float *x, int bits, int8_t *q, float *d, int32_t *sum) {
+    const float most_code = bits == 8 ? 127 : 127 * 256;
     float32x4_t v[8], most = broadcast(0);
     int32x4_t code[8];
     UNROLL for (int i = 0; i < 8; i++) {
@@ -236,30 +250,21 @@ INLINE void quantize_group(const float *x, int8_t *q, float *d, int32_t *sum) {
     const float largest = vmaxvq_f32(most);
     const int finite = largest <= FLT_MAX;
     *sum = 0;
-    *d = !finite ? NAN : largest < 0x1p-100f ? 0 : largest / 127;
+    *d = !finite ? NAN : largest < 0x1p-100f ? 0 : largest / most_code;
     if (!finite || largest < 0x1p-100f) {
-        memset(q, 0, GROUP);
+        memset(q, 0, GROUP * (size_t)bits / 8);
         return;
     }
     UNROLL for (int i = 0; i < 8; i++) // half to even
-        code[i] = vcvtnq_s32_f32(vmulq_n_f32(v[i], 127 / largest));
+        code[i] = vcvtnq_s32_f32(vmulq_n_f32(v[i], most_code / largest));
     UNROLL for (int i = 0; i < 8; i += 4) {
         const int16x8_t low = vmovn_high_s32(vmovn_s32(code[i]), code[i + 1]);
         const int16x8_t high = vmovn_high_s32(vmovn_s32(code[i + 2]), code[i + 3]);
-        const int8x16_t bytes = vmovn_high_s16(vmovn_s16(low), high);
-        vst1q_s8(q + 4 * i, bytes);
-        *sum += vaddlvq_s8(bytes);
-    }
-}
-
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
-    float rest[GROUP] = {0};
-    const size_t whole = n / GROUP;
-    for (size_t g = 0; g < whole; g++)
-        quantize_group(x + g * GROUP, q + g * GROUP, d + g, sum + g);
-    if (n % GROUP) {
-        memcpy(rest, x + whole * GROUP, n % GROUP * sizeof *rest);
-        quantize_group(rest, q + whole * GROUP, d + whole, sum + whole);
+        const int8x16_t bytes = vmovn_high_s16(vmovn_s16(low), high); // of 16 bits the low ones
+        vst1q_s8(bits == 8 ? q + 4 * i : q + GROUP + 4 * i, bytes);
+        if (bits == 16) // half up, as the low bytes are signed
+            vst1q_s8(q + 4 * i, vrshrn_high_n_s16(vrshrn_n_s16(low, 8), high, 8));
+        *sum += vaddlvq_s16(low) + vaddlvq_s16(high);
     }
 }
 
@@ -324,11 +329,7 @@ static void rope(float *x, const float *cos, const float *sin, size_t n) {
         v.val[1] = vfmaq_f32(vmulq_f32(b, c), a, s);
         vst2q_f32(x + i, v);
     }
-    for (; i < n; i += 2) {
-        const float a = x[i], b = x[i + 1], c = cos[i / 2], s = sin[i / 2];
-        x[i] = fmaf(a, c, -(b * s));
-        x[i + 1] = fmaf(a, s, b * c);
-    }
+    rope_rest(x, cos, sin, i, n);
 }
 
 static void swiglu(float *gate, const float *up, size_t n) {

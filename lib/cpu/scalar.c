@@ -96,26 +96,34 @@ static void matmul_bf16(const struct matmul *m, size_t first, size_t last) {
     matmul_float(m, first, last, load_bf16);
 }
 
-/* One group of one row: the sum of code * q over its columns. */
-typedef int32_t dot(const void *block, size_t row, const int8_t *levels, const int8_t *q);
+/* Code C of a group, of 8 or 16 bits. */
+static int32_t code_of(const int8_t *q, int bits, int c) {
+    const int8_t *high = q + c, *low = high + GROUP;
+    return bits == 8 ? *high : 256 * *high + *low;
+}
 
-static int32_t dot_q8(const void *block, size_t row, const int8_t *levels, const int8_t *q) {
+/* One group of one row: the sum of code * q over its columns. */
+typedef int32_t dot(const void *block, size_t row, const int8_t *levels, const int8_t *q, int bits);
+
+static int32_t dot_q8(const void *block, size_t row, const int8_t *levels, const int8_t *q,
+                      int bits) {
     const struct block_q8 *b = block;
     (void)levels;
     int32_t sum = 0;
     for (int c = 0; c < GROUP; c++)
-        sum += b->q[c / 4][row][c % 4] * q[c];
+        sum += b->q[c / 4][row][c % 4] * code_of(q, bits, c);
     return sum;
 }
 
-static int32_t dot_q4(const void *block, size_t row, const int8_t *levels, const int8_t *q) {
+static int32_t dot_q4(const void *block, size_t row, const int8_t *levels, const int8_t *q,
+                      int bits) {
     const struct block_q4 *b = block;
     const int shift = q4_shift(b->d[row]);
     int32_t sum = 0;
     for (int c = 0; c < GROUP / 2; c++) {
         uint8_t byte = b->q[c / 4][row][c % 4];
-        sum += (levels[byte & 15] + shift) * q[c];
-        sum += (levels[byte >> 4] + shift) * q[c + GROUP / 2];
+        sum += (levels[byte & 15] + shift) * code_of(q, bits, c);
+        sum += (levels[byte >> 4] + shift) * code_of(q, bits, c + GROUP / 2);
     }
     return sum;
 }
@@ -134,14 +142,16 @@ static float scale_q4(const void *block, size_t row) {
 static void matmul_groups(const struct matmul *m, size_t first, size_t last, dot *sum,
                           scale *scale_of, size_t block_bytes) {
     const struct input *in = m->in;
-    size_t groups = (in->columns + GROUP - 1) / GROUP;
+    const size_t groups = (in->columns + GROUP - 1) / GROUP;
+    const size_t group_bytes = GROUP * (size_t)in->bits / 8;
     for (size_t strip = first; strip < last; strip++)
         for (size_t t = 0; t < in->n; t++) {
             const uint8_t *block = m->w + strip * m->strip_bytes;
             float acc[TILE_ROWS] = {0};
             for (size_t g = 0; g < groups; g++, block += block_bytes)
                 for (size_t r = 0; r < TILE_ROWS; r++) {
-                    float s = (float)sum(block, r, m->levels, in->q + (t * groups + g) * GROUP);
+                    const int8_t *q = in->q + (t * groups + g) * group_bytes;
+                    float s = (float)sum(block, r, m->levels, q, in->bits);
                     float d = scale_of(block, r) * in->d[t * groups + g];
                     acc[r] = fmaf(s, d, acc[r]);
                 }
@@ -159,27 +169,47 @@ static void matmul_q4(const struct matmul *m, size_t first, size_t last) {
 
 // ---- one row at a time
 
-static void to_q8(int8_t *out, size_t step, float *d, const float *x, size_t n) {
+/* What stands for x (n) where codes go up to MOST: the scale of a code, and its inverse. */
+struct scales { float d, inverse; };
+
+static struct scales scales_for(const float *x, size_t n, float most) {
     float largest = 0;
     int finite = 1;
     for (size_t i = 0; i < n; i++) {
         largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         finite = finite && fabsf(x[i]) <= 0x1.fffffep127f;
     }
-    int zero = !finite || largest < 0x1p-100f;
-    *d = !finite ? NAN : zero ? 0 : largest / 127;
-    float scale = zero ? 0 : 127 / largest;
-    for (size_t i = 0; i < n; i++) // half to even
-        out[i * step] = zero ? 0 : (int8_t)(x[i] * scale + 0x1.8p23f - 0x1.8p23f);
+    if (!finite) return (struct scales){NAN, 0};
+    if (largest < 0x1p-100f) return (struct scales){0, 0};
+    return (struct scales){largest / most, most / largest};
 }
 
-static void quantize_row(const float *x, size_t n, int8_t *q, float *d, int32_t *sum) {
-    for (size_t i = 0, g = 0; i < n; i += GROUP, g++) {
-        memset(q + i, 0, GROUP);
-        to_q8(q + i, 1, d + g, x + i, n - i < GROUP ? n - i : GROUP);
+static int32_t to_code(float x, float inverse) { // half to even
+    return inverse == 0 ? 0 : (int32_t)(x * inverse + 0x1.8p23f - 0x1.8p23f);
+}
+
+static void to_q8(int8_t *out, size_t step, float *d, const float *x, size_t n) {
+    const struct scales s = scales_for(x, n, 127);
+    *d = s.d;
+    for (size_t i = 0; i < n; i++)
+        out[i * step] = (int8_t)to_code(x[i], s.inverse);
+}
+
+static void quantize_row(const float *x, size_t n, int bits, int8_t *q, float *d, int32_t *sum) {
+    const size_t group_bytes = GROUP * (size_t)bits / 8;
+    for (size_t i = 0, g = 0; i < n; i += GROUP, g++, q += group_bytes) {
+        const size_t some = n - i < GROUP ? n - i : GROUP;
+        const struct scales s = scales_for(x + i, some, bits == 8 ? 127 : 127 * 256);
+        d[g] = s.d;
         sum[g] = 0;
-        for (size_t j = 0; j < GROUP; j++)
-            sum[g] += q[i + j];
+        memset(q, 0, group_bytes);
+        for (size_t j = 0; j < some; j++) {
+            const int32_t code = to_code(x[i + j], s.inverse);
+            const int32_t high = bits == 8 ? code : (code + 32768 + 128) / 256 - 128;
+            sum[g] += code;
+            q[j] = (int8_t)high;
+            if (bits == 16) q[GROUP + j] = (int8_t)(code - 256 * high);
+        }
     }
 }
 
@@ -291,6 +321,7 @@ static void attend_q8(const struct attention *a) {
 void kernels_scalar(struct kernels *k) {
     *k = (struct kernels){
         .isa = "scalar",
+        .wide = PLANES,
         .matmul_f32 = matmul_f32,
         .matmul_f16 = matmul_f16,
         .matmul_bf16 = matmul_bf16,
