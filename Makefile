@@ -47,14 +47,14 @@ cuda: .venv/requirements-dev build/built
 # is off, and what it leaks itself does not count
 asan: SANITIZER = address
 asan: RUNTIME = libasan.so
-asan: MARKS = not limits_memory
+asan: MARKS = not limits_memory and not other_build
 asan: PLUGIN = -p leaks
 asan: ALSO = failing
 asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
-  ASAN_OPTIONS=leak_check_at_exit=0:
+  ASAN_OPTIONS=leak_check_at_exit=0:handle_sigbus=0:
 tsan: SANITIZER = thread
 tsan: RUNTIME = libtsan.so
-tsan: MARKS = not limits_memory and not forks
+tsan: MARKS = not limits_memory and not other_build and not forks
 tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
 asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
 asan tsan: .venv/requirements-dev

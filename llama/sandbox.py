@@ -70,10 +70,12 @@ class _Child:
 
     def _started(self) -> None:
         if self._process is None:
+            # what this program had loaded before itself takes memory there that templates may need
+            environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
             # unbuffered: a fork in the middle takes no half line and no locked buffer along
             self._process = subprocess.Popen(
                 [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+                stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True, env=environment,
             )  # fmt: skip
             self._write([MEMORY, LONGEST, sys.path])
 

@@ -38,6 +38,8 @@ from llama.errors import LlamaError
 from llama.quant import Kind, matrix_bytes
 from llama.sampling import SamplingParams
 
+pytestmark = pytest.mark.other_build
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -198,9 +200,7 @@ def test_greedy_tokens_of_a_real_model(
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("n", [3, 40])
-def test_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: Any, n: int
-) -> None:
+def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: Any, n: int) -> None:
     """A layer for calibration, stage by stage, with matrices of other kinds in its place."""
     monkeypatch.setattr(stages, "lib", emulated)
     shape = replace(WIDE, attention_bias=True, mlp_bias=True)

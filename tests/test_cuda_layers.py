@@ -42,7 +42,7 @@ from llama.errors import LlamaError
 from llama.quant import Kind
 from llama.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("cuda")
+pytestmark = [pytest.mark.usefixtures("cuda"), pytest.mark.other_build]
 DEEP = replace(SHAPE, n_layers=4)
 GREEDY = SamplingParams(temperature=0.0)
 MIB = 1 << 20

@@ -149,6 +149,7 @@ def sparse_model(folder: Path, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.limits_memory
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """At most twice the largest tensor plus 300 MB: what was read included while it is written;

@@ -29,7 +29,10 @@ CPUS = {"neondot": "max", "neon": "cortex-a72"}  # the best kernels that each of
 TOKENS = np.random.default_rng(5).integers(0, 512, 40).tolist()
 needed = [what for what, there in [(COMPILER, shutil.which(COMPILER)), ("qemu-aarch64", EMULATOR),
           (f"{LIBC}/lib", (LIBC / "lib").is_dir())] if not there]  # fmt: skip
-pytestmark = pytest.mark.skipif(bool(needed), reason=f"not here: {', '.join(needed)}")
+pytestmark = [
+    pytest.mark.skipif(bool(needed), reason=f"not here: {', '.join(needed)}"),
+    pytest.mark.other_build,
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
