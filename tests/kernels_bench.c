@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -210,7 +211,10 @@ void kernels_bench(const char *isa) {
     static const uint32_t kinds[N_KINDS] = {LLAMA_F32, LLAMA_F16, LLAMA_BF16, LLAMA_Q8, LLAMA_Q4};
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     size_t threads = online < 1 ? 1 : online > MOST_THREADS ? MOST_THREADS : (size_t)online;
-    weights = aligned_alloc(4096, WEIGHT_BYTES);
+    weights = aligned_alloc(2 << 20, WEIGHT_BYTES);
+#if defined(MADV_HUGEPAGE)
+    madvise(weights, WEIGHT_BYTES, MADV_HUGEPAGE); // as a file's pages are at best
+#endif
     for (size_t i = 0; i < WEIGHT_BYTES / 2; i++) // bytes that are small numbers in any kind
         ((uint16_t *)weights)[i] = (uint16_t)(0x2c00 + i % 509);
     for (size_t i = 0; i + 1 < n_sets; i++) {
