@@ -130,11 +130,12 @@ int code_at(const int8_t *q, size_t i, int bits, enum wide wide) {
 // ---- matmul
 
 enum { N_KINDS = LLAMA_Q4E + 1 };
-enum scene { PLAIN, LOW, HIGH, LOWEST, LOW_HIGH, HIGH_LOW, TINY, HUGE_SCALES, SPECIAL, ZEROS,
-             N_SCENES };
+enum scene { PLAIN, LOW, HIGH, LOWEST, LOW_HIGH, HIGH_LOW, LOW_BYTES, TINY, HUGE_SCALES, SPECIAL,
+             ZEROS, N_SCENES };
 static const char *const scene_names[] = {
     "plain", "codes -127", "codes 127", "codes -128", "codes -128, inputs 127",
-    "codes 127, inputs -127", "tiny scales", "huge", "specials", "zeros"};
+    "codes 127, inputs -127", "codes -128, inputs' low bytes -128", "tiny scales", "huge",
+    "specials", "zeros"};
 
 typedef void matmul_entry(const struct matmul *m, size_t first, size_t last);
 
@@ -164,7 +165,8 @@ static uint8_t *make_weights(uint32_t kind, size_t strips, size_t columns, enum 
             uint32_t at = (i - 2 * TILE_ROWS) % 64 / 4 * k->columns;
             p[i] = scene == LOW                           ? (kind == 3 ? 0x81 : 0x11)
                    : scene == HIGH || scene == HIGH_LOW   ? (kind == 3 ? 0x7f : 0xff)
-                   : scene == LOWEST || scene == LOW_HIGH ? (kind == 3 ? 0x80 : 0x00)
+                   : scene == LOWEST || scene == LOW_HIGH || scene == LOW_BYTES
+                       ? (kind == 3 ? 0x80 : 0x00)
                    : scene == ZEROS                       ? (kind == 3 ? 0x00 : 0x88)
                                                           : (uint8_t)random_bits();
             uint16_t d = f32_to_f16(values[at] * (scene == TINY ? 1 : 0.1f));
@@ -195,6 +197,7 @@ static float *make_x(size_t n, size_t columns, size_t stride, enum scene scene) 
                 scene == SPECIAL && random_bits() % 100 == 0              ? special()
                 : scene == LOW || scene == LOWEST || scene == HIGH_LOW ? -3.f
                 : scene == HIGH || scene == LOW_HIGH                    ? 3.f
+                : scene == LOW_BYTES ? (c % GROUP ? 0.5f : 127.f) // codes of 128, of 16 bits
                                                                         : uniform();
     return x;
 }

@@ -154,16 +154,31 @@ INLINE int32x4_t dot(int32x4_t s, int8x16_t w, int8x16_t a, int j) {
     default: return vdotq_laneq_s32(s, w, a, 3);
     }
 }
+
+INLINE int32x4_t dot_low(int32x4_t s, int8x16_t w, int8x16_t a, int j) {
+    return dot(s, w, a, j);
+}
 #else
+INLINE int8x16_t four_of(int8x16_t a, int j) {
+    const int32x4_t lanes = vreinterpretq_s32_s8(a);
+    return vreinterpretq_s8_s32(j == 0   ? vdupq_laneq_s32(lanes, 0)
+                                : j == 1 ? vdupq_laneq_s32(lanes, 1)
+                                : j == 2 ? vdupq_laneq_s32(lanes, 2)
+                                         : vdupq_laneq_s32(lanes, 3));
+}
+
 /* Two products are at most 2 * 128 * 127 = 32512: 16 bits hold their sum. */
 INLINE int32x4_t dot(int32x4_t s, int8x16_t w, int8x16_t a, int j) {
-    const int32x4_t lanes = vreinterpretq_s32_s8(a);
-    const int8x16_t four = vreinterpretq_s8_s32(j == 0   ? vdupq_laneq_s32(lanes, 0)
-                                                : j == 1 ? vdupq_laneq_s32(lanes, 1)
-                                                : j == 2 ? vdupq_laneq_s32(lanes, 2)
-                                                         : vdupq_laneq_s32(lanes, 3));
+    const int8x16_t four = four_of(a, j);
     const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(four));
     return vpadalq_s16(s, vpaddq_s16(low, vmull_high_s8(w, four)));
+}
+
+/* The same with low bytes of 16, which may be -128 as a weight may: 16 bits hold one product. */
+INLINE int32x4_t dot_low(int32x4_t s, int8x16_t w, int8x16_t a, int j) {
+    const int8x16_t four = four_of(a, j);
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(four)));
+    return vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(w, four))));
 }
 #endif
 
@@ -217,7 +232,8 @@ INLINE void group_block(const struct matmul *m, const struct place *at, enum sto
                     q += GROUP;
                 }
                 UNROLL for (int h = 0; h < H; h++)
-                    sum[t * H + h] = dot(sum[t * H + h], w[h], vld1q_s8(q), j % 4);
+                    sum[t * H + h] = bits == 8 ? dot(sum[t * H + h], w[h], vld1q_s8(q), j % 4)
+                                               : dot_low(sum[t * H + h], w[h], vld1q_s8(q), j % 4);
             }
         }
         if (bits == 16)
