@@ -6,6 +6,7 @@ Where a peer's package is installed it runs, on a small model; its greedy tokens
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import small_models
 
 from llama import bench, checkpoints, peers, report
+from llama._lib import LIBRARY
 from llama.config import Config, Head, Rope
 from llama.engine import Engine, Model
 from llama.errors import LlamaError
@@ -128,9 +130,8 @@ def test_a_librarys_lack_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (package / "xllamacpp.so").write_text("no library")
     with pytest.raises(LlamaError, match=r"xllamacpp.so: cannot be loaded"):
         peers.load_llama_cpp()
-    from llama._lib import LIBRARY
-
-    shutil.copy(LIBRARY, package / "xllamacpp.so")
+    ours = os.environ.get("LLAMA_LIBRARY", LIBRARY)
+    shutil.copy(ours, package / "xllamacpp.so")
     with pytest.raises(LlamaError, match=r"has no llama_backend_init; another version is needed"):
         peers.load_llama_cpp()
 
