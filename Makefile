@@ -55,7 +55,7 @@ asan: OPTIONS = PYTHONPATH=tests UBSAN_OPTIONS=print_stacktrace=1 \
 tsan: SANITIZER = thread
 tsan: RUNTIME = libtsan.so
 tsan: MARKS = not limits_memory and not other_build and not forks
-tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:
+tsan: OPTIONS = TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_sigbus=0:
 asan tsan: REPORT = $(CURDIR)/build/$(SANITIZER)/report
 asan tsan: .venv/requirements-dev
 	$(IN) CC=gcc cmake -S . -B build/$(SANITIZER) -DSANITIZER=$(SANITIZER)
