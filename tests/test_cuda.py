@@ -27,7 +27,6 @@ from emulator import (
     distance,
     feed,
     free_bytes,
-    greedy,
     run_out,
 )  # fmt: skip
 
@@ -193,9 +192,17 @@ def test_heads_hidden_states_and_the_stream(tmp_path: Path, head: Head) -> None:
 def test_greedy_tokens_of_a_real_model(
     stories: Path, tmp_path: Path, kind: Kind | None, kv: str
 ) -> None:
+    """Along the CPU's own text. With 8-bit keys, some of whose codes fall on the other side of a
+    half, the two passes may choose differently where two tokens are as likely: one step in 120."""
     path = stories if kind is None else small_models.quantized(stories, tmp_path / "m.bin", kind)
+    token, others = 1, 0
     with Engine(path, isa="scalar", kv=kv) as cpu, Engine(path, device="cuda", kv=kv) as gpu:
-        assert greedy(gpu, [1], 120) == greedy(cpu, [1], 120)
+        for _ in range(120):
+            theirs, ours = feed(cpu, [token])[0], feed(gpu, [token])[0]
+            token = int(theirs.argmax())
+            others += int(ours.argmax()) != token
+            assert distance(ours, theirs) <= FEW + ROUNDED[kv]
+    assert others <= (2 if kv == "q8" else 0)
 
 
 @pytest.mark.usefixtures("cuda")
