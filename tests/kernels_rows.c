@@ -41,7 +41,7 @@ static void test_quantize_row(size_t n, int bits, int scene) {
         wrong += i >= n            ? code != 0
                  : isnan(scale)    ? code != 0
                  : scale == 0      ? code != 0 || !(fabsf(x[i]) < 0x1p-100f)
-                 : scene == HALVES ? code != rintf(x[i] * (bits == 8 ? 1 : 256))
+                 : scene == HALVES ? (float)code != rintf(x[i] * (bits == 8 ? 1.f : 256.f))
                                    : fabs(x[i] / (double)scale - code) > half;
         sum[i / GROUP] -= code;
     }
