@@ -89,7 +89,7 @@ NEAR = 2e-3  # of the largest logit: a choice between two tokens this near may f
 
 
 def agree(cpu: Engine, gpu: Engine, prompt: list[int], n: int, what: str, exact: bool) -> None:
-    """Greedy tokens at each step of the CPU's text; if EXACT, the others must be as likely there."""
+    """Greedy tokens along the CPU's text; if EXACT, any other must be as likely to the CPU."""
 
     def row(e: Engine, tokens: list[int]) -> Any:
         size, start = len(tokens), e.length(0)
